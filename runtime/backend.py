@@ -1,0 +1,147 @@
+"""What every backend offers: the operations of a Llama layer over buffers that the backend itself owns.
+
+The model (runtime.model) calls these in order and knows nothing of devices. Arrays are opaque to it apart from
+slicing along the first axis and `.shape`. Everything a decode step touches is allocated before the first step and
+keeps its address; the position and the tail's length live in an int32 state buffer, so that a backend may capture
+the whole step once and replay it.
+
+Letters: T tokens (rows), E hidden size, H query heads, G KV heads, D head_dim, I MLP size, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # a backend's own buffer: numpy.ndarray on the CPU, cupy.ndarray on CUDA
+Matrix = Any  # a backend's own weight matrix (out, in), F32, F16 or BF16 as stored
+
+
+@dataclass(frozen=True)
+class Span:
+    """The chunks of one layer and one tier, contiguous per KV head in one K and one V region. Offsets in bytes.
+
+    Chunk c of KV head g has its K codes at k_codes + g * k_codes_stride + c * (bytes of a K block's codes), and
+    likewise for its metadata and for V (runtime.formats). positions: int32 (n,), first token of each chunk.
+    """
+
+    n: int
+    k_bits: int
+    v_bits: int
+    k_codes: int
+    k_codes_stride: int
+    k_meta: int
+    k_meta_stride: int
+    v_codes: int
+    v_codes_stride: int
+    v_meta: int
+    v_meta_stride: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """One layer's never-quantized tokens: k and v are FP16 (G, capacity, D), positions int32 (capacity,); byte offsets.
+
+    The first `head` slots hold the prefix; attention visits them, then the spans in order, then the other slots.
+    """
+
+    k: int
+    v: int
+    positions: int
+    capacity: int
+    head: int
+
+
+# Indices into the int32 state buffer of one sequence.
+STATE_POSITION = 0  # position of the token being decoded
+STATE_SLOT = 1  # tail slot that this token's K and V go to; slots 0..slot are visible after the write
+STATE_TOKEN = 2  # id of the token being decoded
+STATE_SIZE = 4
+
+
+class Backend(Protocol):
+    """The operations of a layer. Every method checks shapes and dtypes; results are deterministic."""
+
+    name: str
+
+    def kernels(self) -> dict[str, str]:
+        """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
+
+    # memory ----------------------------------------------------------------------------------------------------
+    def matrix(self, data: npt.NDArray[Any], dtype: str) -> Matrix:
+        """A weight matrix (out, in) from host memory; dtype F32, F16 or BF16 (uint16). The CPU keeps the view."""
+
+    def vector(self, data: npt.NDArray[Any], dtype: str) -> Array:
+        """A float32 vector from host memory."""
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...
+
+    def upload(self, data: npt.NDArray[Any]) -> Array: ...
+
+    def download(self, array: Array) -> npt.NDArray[Any]: ...
+
+    def arena(self, nbytes: int) -> Array:
+        """One allocation of uint8, 64-byte aligned; raises OutOfMemory with needed and free bytes."""
+
+    def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
+             chunk: int, window: int | None) -> Any:
+        """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel)."""
+
+    # layer operations ------------------------------------------------------------------------------------------
+    def embed(self, ids: Array, table: Matrix, out: Array) -> None:
+        """out (T, E) float32 = table[ids]; ids (T,) int32."""
+
+    def qkv(self, x: Array, norm: Array, eps: float, wq: Matrix, wk: Matrix, wv: Matrix, bq: Array | None,
+            bk: Array | None, bv: Array | None, cos: Array, sin: Array, positions: Array, slots: Array, q: Array,
+            k: Array, v: Array) -> None:
+        """RMSNorm(x) times Wq, Wk, Wv (+ bias), RoPE on q and k (halves rotated as in Hugging Face).
+
+        x (T, E) f32; cos, sin (P, D/2) f32, row = position; positions, slots (T,) int32; q (T, H, D) f32 out;
+        k, v (G, S, D) f16 out, token t written to slot slots[t].
+        """
+
+    def prefill_attention(self, q: Array, k: Array, v: Array, start: int, window: int | None, out: Array) -> None:
+        """Causal attention of query rows start..start+T over K and V rows 0..start+T-1 (row = position).
+
+        q (T, H, D) f32; k, v (G, S, D) f16; out (T, H*D) f32. Scale is D**-0.5. A key is visible when
+        0 <= query - key < window. Never a T x T buffer.
+        """
+
+    def linear_add(self, h: Array, weight: Matrix, bias: Array | None, x: Array) -> None:
+        """x (T, E) += h (T, I) @ weight.T + bias."""
+
+    def gate_up(self, x: Array, norm: Array, eps: float, gate: Matrix, up: Matrix, gate_bias: Array | None,
+                up_bias: Array | None, out: Array) -> None:
+        """out (T, I) = silu(n @ gate.T + gate_bias) * (n @ up.T + up_bias) with n = RMSNorm(x)."""
+
+    def logits(self, x: Array, norm: Array, eps: float, head: Matrix, out: Array) -> None:
+        """out (T, V) f32 = RMSNorm(x) @ head.T."""
+
+    # cache operations ------------------------------------------------------------------------------------------
+    def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int) -> None:
+        """Encode the chunks that begin at rows `starts` (n,) of k, v (G, S, D) f16 into the span, in that order.
+
+        Codes and scales equal runtime.formats.encode bit for bit. Writes the span's positions.
+        """
+
+    def copy_tail(self, k: Array, v: Array, rows: npt.NDArray[np.int32], arena: Array, tail: Tail, slot: int) -> None:
+        """Copy rows (m,) of k, v (G, S, D) f16 to tail slots slot..slot+m-1 and write their positions (= rows)."""
+
+    def decode_attention(self, q: Array, bound: Any, state: Array, out: Array) -> None:
+        """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D)."""
+
+    # end of the step -------------------------------------------------------------------------------------------
+    def sample(self, logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+               seen: Array, n_seen: int, uniform: float) -> int:
+        """One id from logits (1, V): repetition penalty over seen[:n_seen], temperature, top-k, min-p, top-p.
+
+        temperature 0 is greedy (lowest id among equals). uniform in [0, 1) makes the draw; logits are not changed.
+        """
+
+    def advance(self, state: Array, token: int) -> None:
+        """Next step: position and slot grow by one, token is the id to decode."""

@@ -1,0 +1,37 @@
+"""One exception type per cause that a caller may want to catch. The CLI prints each as one line and exits 2."""
+
+
+class CocktailError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class CheckpointError(CocktailError):
+    """A checkpoint is missing, damaged, unsupported or does not fit its own configuration."""
+
+
+class TokenizerError(CocktailError):
+    """A tokenizer or chat template is missing, damaged or unsupported."""
+
+
+class ConvertError(CocktailError):
+    """A converter cannot read its input or must not write its output."""
+
+
+class ScorerError(CocktailError):
+    """A scorer cannot be loaded or cannot score the given texts."""
+
+
+class PlanError(CocktailError):
+    """A policy, budget, layout or plan is invalid or does not fit the document and model."""
+
+
+class PromptError(CocktailError):
+    """A prompt is empty, too long for the model's positions, or otherwise unusable."""
+
+
+class BackendError(CocktailError):
+    """A backend is unavailable on this machine or refuses a combination it has no kernel for."""
+
+
+class OutOfMemory(CocktailError):
+    """An allocation does not fit; the message says what was needed, what was free and which option helps."""
