@@ -293,7 +293,7 @@ def hidden_chunks(prefix: int, chunk: int, n_chunks: int, prompt_tokens: int, wi
 # Checks. Values may come from hostile JSON, so types are exact (bool is no int) and messages are cut short.
 
 def _show(value: object) -> str:
-    # reprlib: a deeply nested value has no plain repr within the recursion limit. An int of 4300 digits has none either.
+    # reprlib: a deeply nested value has no plain repr within the recursion limit; nor has an int of 4301 digits.
     return "a huge number" if type(value) is int and value.bit_length() > 256 else reprlib.repr(value)
 
 
