@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.errors import BackendError
+
 Array = Any  # a backend's own buffer: numpy.ndarray on the CPU, cupy.ndarray on CUDA
 Matrix = Any  # a backend's own weight matrix (out, in), F32, F16 or BF16 as stored
 
@@ -145,3 +147,25 @@ class Backend(Protocol):
 
     def advance(self, state: Array, token: int) -> None:
         """Next step: position and slot grow by one, token is the id to decode."""
+
+
+def load_backend(name: str = "auto", threads: int | None = None) -> Backend:
+    """The backend of that name ("auto", "cpu", "cuda"); kernels are imported here and nowhere else in the runtime.
+
+    Raises BackendError where its kernels are missing or cannot run on this machine.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise BackendError(f"unknown backend {name!r}; expected auto, cpu or cuda")
+    if name == "cuda":
+        raise BackendError("this version has no CUDA kernels yet; use --backend cpu")
+    try:
+        from kernels_c.errors import KernelError
+    except ImportError as error:
+        raise BackendError(f"the C kernels are not installed ({error}); run: pip install .") from error
+    try:
+        from kernels_c.backend import CpuBackend
+
+        backend: Backend = CpuBackend(threads=threads)
+    except KernelError as error:
+        raise BackendError(str(error)) from error
+    return backend

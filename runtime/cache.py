@@ -1,0 +1,86 @@
+"""The KV cache of one sequence: an arena, a plan that says what goes where, and the state of its decode."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from runtime.arena import ArenaLayout
+from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT, STATE_TOKEN, Array, Backend
+from runtime.config import ModelConfig
+from runtime.errors import OutOfMemory, PlanError
+from runtime.plan import Layout, Plan
+
+
+class Cache:
+    """Allocated from a Layout alone; `assign` then says which chunk goes where, `pack` fills one layer at a time.
+
+    k, v: per layer, the tail's FP16 (G, capacity, D); bound: per layer, what decode attention needs; position, slot,
+    token: int32 (1,) views of the state that a decode step reads. All keep their addresses.
+    """
+
+    def __init__(self, backend: Backend, config: ModelConfig, layout: Layout):
+        self.layout = layout
+        self.sizes = ArenaLayout(layout)
+        self.pack_seconds = 0.0
+        self._backend = backend
+        try:
+            self.arena = backend.arena(self.sizes.nbytes)
+        except MemoryError as error:
+            raise OutOfMemory(f"the KV cache needs {self.sizes.nbytes / 2**20:.0f} MiB: {error}; "
+                              "a lower --kv-bits, a shorter context or a smaller --max-tokens needs less") from error
+        self.tails = tuple(self.sizes.tail(layer) for layer in range(layout.n_layers))
+        self.spans = tuple(self.sizes.spans(layer) for layer in range(layout.n_layers))
+        shape = (layout.n_kv_heads, layout.tail_capacity, layout.head_dim)
+        self.k = tuple(self._half(tail.k, shape) for tail in self.tails)
+        self.v = tuple(self._half(tail.v, shape) for tail in self.tails)
+        positions = np.arange(layout.tail_capacity, dtype=np.int32)
+        positions[layout.prefix :] += layout.n_chunks * layout.chunk
+        start = self.sizes.tail_positions
+        self.arena[start : start + positions.nbytes].view(np.int32)[:] = backend.upload(positions)
+        self.bound = tuple(
+            backend.bind(self.arena, [span for span in spans if span.n], tail, config.n_heads, config.n_kv_heads,
+                         config.head_dim, layout.chunk, config.sliding_window)
+            for spans, tail in zip(self.spans, self.tails, strict=True))
+        self.state = backend.upload(np.zeros(STATE_SIZE, np.int32))
+        self.position = self.state[STATE_POSITION : STATE_POSITION + 1]
+        self.slot = self.state[STATE_SLOT : STATE_SLOT + 1]
+        self.token = self.state[STATE_TOKEN : STATE_TOKEN + 1]
+        self._plan: Plan | None = None
+
+    def assign(self, plan: Plan) -> None:
+        """Say which chunk sits where; every layer's `pack` follows the plan of that moment."""
+        if plan.layout != self.layout:
+            raise PlanError("the plan's layout is not the one that this cache was allocated for; make a new plan")
+        self._plan = plan
+
+    def pack(self, layer: int, k: Array, v: Array) -> None:
+        """Store one layer of the prompt; k, v FP16 (G, at least prompt tokens, D), row = position."""
+        if self._plan is None:
+            raise PlanError("no plan is assigned: call Cache.assign before the first layer is packed")
+        begin = time.perf_counter()
+        layout = self.layout
+        for tier, span in enumerate(self.spans[layer]):
+            if span.n:
+                starts = np.array([layout.start(chunk) for chunk in self._plan.order(layer, tier)], np.int32)
+                self._backend.pack(k, v, self.arena, span, starts, layout.chunk)
+        context_end = layout.start(layout.n_chunks)
+        rows = np.concatenate([np.arange(layout.prefix, dtype=np.int32),
+                               np.arange(context_end, layout.prompt_tokens, dtype=np.int32)])
+        if len(rows):
+            self._backend.copy_tail(k, v, rows, self.arena, self.tails[layer], 0)
+        self.pack_seconds += time.perf_counter() - begin
+
+    def start(self, token: int) -> None:
+        """Set the state to the first generated token, right after the prompt."""
+        layout = self.layout
+        state = np.zeros(STATE_SIZE, np.int32)
+        state[STATE_POSITION] = layout.prompt_tokens
+        state[STATE_SLOT] = layout.prompt_tokens - layout.n_chunks * layout.chunk
+        state[STATE_TOKEN] = token
+        self.state[:] = self._backend.upload(state)
+
+    def _half(self, offset: int, shape: tuple[int, int, int]) -> Array:
+        nbytes = 2 * shape[0] * shape[1] * shape[2]
+        return self.arena[offset : offset + nbytes].view(np.float16).reshape(shape)

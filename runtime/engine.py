@@ -1,0 +1,118 @@
+"""One prompt from ids to answer ids. Speaks ids only; text is the caller's affair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.cache import Cache
+from runtime.errors import PromptError
+from runtime.model import TILE, Model, StepBuffers, decode_step, prefill
+from runtime.plan import Plan
+from runtime.sampler import Sampler, SamplingParams
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all) of the prefill
+
+
+@dataclass
+class Timing:
+    """Seconds. prefill covers the forward pass and packing; pack is its share; decode the steps after the first id."""
+
+    prefill: float = 0.0
+    pack: float = 0.0
+    decode: float = 0.0
+    steps: int = 0  # decode steps taken
+
+    @property
+    def per_token(self) -> float:
+        """TPOT: seconds per decode step; 0 where none was taken."""
+        return self.decode / self.steps if self.steps else 0.0
+
+
+@dataclass
+class Reading:
+    """A prompt that has been read once into one cache per plan; each cache can answer again and again."""
+
+    model: Model
+    prompt: tuple[int, ...]
+    caches: tuple[Cache, ...]
+    rope: tuple[object, object]
+    first_logits: npt.NDArray[np.float32]  # (1, V), from the exact prefill
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self._buffers = StepBuffers.allocate(self.model.config, self.model.backend, 1)
+        self._logits = self.model.backend.empty(self.first_logits.shape, np.float32)
+
+    def generate(self, params: SamplingParams, max_new: int, stop_ids: Collection[int],
+                 cache: int = 0) -> Iterator[int]:
+        """Yields up to max_new ids; the first comes from the exact prefill. Ends after yielding an id of stop_ids.
+
+        An id is drawn only when it is asked for, so a caller that stops early pays for no step too many.
+        """
+        target, backend = self.caches[cache], self.model.backend
+        if max_new > target.layout.max_new:
+            raise PromptError(f"{max_new} new tokens were asked for; the cache was sized for {target.layout.max_new}")
+        sampler = Sampler(backend, params, self.prompt, max_new)
+        self._logits[:] = backend.upload(self.first_logits)
+        for count in range(max_new):
+            if count:
+                begin = time.perf_counter()
+                decode_step(self.model, target, self.rope, self._buffers, self._logits)
+                token = sampler.draw(self._logits)
+                backend.advance(target.state, token)
+                self.timing.decode += time.perf_counter() - begin
+                self.timing.steps += 1
+            else:
+                token = sampler.draw(self._logits)
+                target.start(token)
+            yield token
+            if token in stop_ids:
+                return
+
+    def force(self, answer: Sequence[int], cache: int = 0) -> npt.NDArray[np.float32]:
+        """Teacher forcing: (len(answer), V) float32; row i predicts answer[i] given the answer before it.
+
+        Row 0 is the exact prefill's; every later row has read the mixed cache.
+        """
+        target, backend = self.caches[cache], self.model.backend
+        if not 0 < len(answer) <= target.layout.max_new + 1:
+            raise PromptError(f"the answer to force has {len(answer)} ids; expected 1 to {target.layout.max_new + 1}")
+        rows = np.empty((len(answer), self.first_logits.shape[1]), np.float32)
+        rows[0] = self.first_logits[0]
+        target.start(answer[0])
+        for i in range(1, len(answer)):
+            decode_step(self.model, target, self.rope, self._buffers, self._logits)
+            rows[i] = backend.download(self._logits)[0]
+            backend.advance(target.state, answer[i])
+        return rows
+
+
+def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: Progress | None = None,
+         tile: int = TILE) -> Reading:
+    """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
+
+    The caches are allocated first: a plan that does not fit costs no prefill.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty; give a context, a query or both")
+    config = model.config
+    for plan in plans:
+        plan.layout.check(n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
+                          window=config.sliding_window, prompt_tokens=len(prompt))
+    caches = tuple(Cache(model.backend, config, plan.layout) for plan in plans)
+    for cache, plan in zip(caches, plans, strict=True):
+        cache.assign(plan)
+    begin = time.perf_counter()
+    rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
+    logits = model.backend.empty((1, config.vocab_size), np.float32)
+    for done, total in prefill(model, prompt, rope, caches, logits, tile):
+        if progress is not None:
+            progress(done, total)
+    first = model.backend.download(logits).copy()
+    timing = Timing(prefill=time.perf_counter() - begin, pack=sum(cache.pack_seconds for cache in caches))
+    return Reading(model, tuple(prompt), caches, rope, first, timing)

@@ -1,0 +1,116 @@
+"""The forward pass: prefill layer by layer over the whole prompt, decode one token over the mixed cache.
+
+Prefill keeps the hidden states of all tokens and the K and V of one layer: layer l computes K and V of every token in
+FP16, attends with them exactly, and hands them to the caches, which pack their chunks before layer l + 1 begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.backend import Array, Backend
+from runtime.cache import Cache
+from runtime.config import ModelConfig
+from runtime.rope import rope_tables
+from runtime.weights import Weights
+
+TILE = 512  # tokens of one prefill step
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that does not change from prompt to prompt."""
+
+    config: ModelConfig
+    weights: Weights
+    backend: Backend
+
+    def rope(self, prompt_tokens: int, total_tokens: int) -> tuple[Array, Array]:
+        """cos and sin, float32 (total_tokens, D/2), in the backend's memory."""
+        cos, sin = rope_tables(self.config, prompt_tokens, total_tokens)
+        return self.backend.upload(cos), self.backend.upload(sin)
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What a step of T rows writes: x (T, E), q (T, H, D), attended (T, H*D), hidden (T, I), all float32."""
+
+    x: Array
+    q: Array
+    attended: Array
+    hidden: Array
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, backend: Backend, rows: int, x: Array | None = None) -> StepBuffers:
+        return cls(backend.empty((rows, config.hidden_size), np.float32) if x is None else x,
+                   backend.empty((rows, config.n_heads, config.head_dim), np.float32),
+                   backend.empty((rows, config.n_heads * config.head_dim), np.float32),
+                   backend.empty((rows, config.intermediate_size), np.float32))
+
+
+def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array,
+            tile: int = TILE) -> Generator[tuple[int, int], None, None]:
+    """Run the prompt and fill every cache; resumable anywhere between steps.
+
+    Yields (steps done, steps in all) after each (layer, token tile). At the end logits (1, V) predict the first
+    answer token: they come from the exact K and V, whatever the caches keep.
+    """
+    config, backend = model.config, model.backend
+    n = len(ids)
+    tiles = [(start, min(start + tile, n)) for start in range(0, n, tile)]
+    rows = min(tile, n)
+    x = backend.empty((n, config.hidden_size), np.float32)
+    buffers = StepBuffers.allocate(config, backend, rows, x)
+    k = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
+    v = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
+    positions = backend.upload(np.arange(n, dtype=np.int32))
+    backend.embed(backend.upload(np.array(ids, np.int32)), model.weights.embed, x)
+    done, total = 0, config.n_layers * len(tiles)
+    for layer in range(config.n_layers):
+        last = layer == config.n_layers - 1
+        for start, end in tiles:
+            _project(model, layer, x[start:end], rope, positions[start:end], positions[start:end],
+                     buffers.q[: end - start], k, v)
+            # Of the last layer only the last token's output is read; its K and V are needed for every token.
+            first = n - 1 if last else start
+            if first < end:
+                q, attended = buffers.q[first - start : end - start], buffers.attended[: end - first]
+                backend.prefill_attention(q, k, v, first, config.sliding_window, attended)
+                _finish_layer(model, layer, x[first:end], attended, buffers.hidden[: end - first])
+            done += 1
+            if end == n:
+                for cache in caches:
+                    cache.pack(layer, k, v)
+            yield done, total
+    backend.logits(x[n - 1 : n], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
+
+
+def decode_step(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:
+    """One token: cache.state says which, where and at what position; logits (1, V) predict the next one.
+
+    Touches only buffers that were allocated before, so that a backend may capture it once. Does not advance the state.
+    """
+    config, backend = model.config, model.backend
+    backend.embed(cache.token, model.weights.embed, buffers.x)
+    for layer in range(config.n_layers):
+        _project(model, layer, buffers.x, rope, cache.position, cache.slot, buffers.q, cache.k[layer], cache.v[layer])
+        backend.decode_attention(buffers.q, cache.bound[layer], cache.state, buffers.attended)
+        _finish_layer(model, layer, buffers.x, buffers.attended, buffers.hidden)
+    backend.logits(buffers.x, model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
+
+
+def _project(model: Model, layer: int, x: Array, rope: tuple[Array, Array], positions: Array, slots: Array, q: Array,
+             k: Array, v: Array) -> None:
+    w = model.weights.layers[layer]
+    model.backend.qkv(x, w.attn_norm, model.config.rms_norm_eps, w.wq, w.wk, w.wv, w.bq, w.bk, w.bv, rope[0], rope[1],
+                      positions, slots, q, k, v)
+
+
+def _finish_layer(model: Model, layer: int, x: Array, attended: Array, hidden: Array) -> None:
+    w, backend = model.weights.layers[layer], model.backend
+    backend.linear_add(attended, w.wo, w.bo, x)
+    backend.gate_up(x, w.mlp_norm, model.config.rms_norm_eps, w.gate, w.up, w.gate_bias, w.up_bias, hidden)
+    backend.linear_add(hidden, w.down, w.down_bias, x)
