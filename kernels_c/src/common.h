@@ -1,0 +1,49 @@
+/* What every source of the extension shares: records passed from Python, the thread pool, scratch memory. */
+#ifndef COCKTAIL_COMMON_H
+#define COCKTAIL_COMMON_H
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Between the two marks lies what build.py also shows to cffi: plain C, no preprocessor. */
+/* cffi: begin */
+enum dtype { F32, F16, BF16 };
+
+/* Every operation returns one of these; Python turns them into exceptions. */
+enum status { OK = 0, NO_MEMORY = -1, BAD_INDEX = -2 };
+
+/* A weight matrix (rows = outputs, cols = inputs), row-major, of any alignment (it may lie in a mapped file). */
+typedef struct {
+    const void *data;
+    int64_t rows, cols;
+    int32_t dtype;
+} matrix;
+
+/* 0 scalar, 1 AVX2, 2 AVX-512: the widest that this processor and its operating system support. */
+int cpu_isa(void);
+
+/* The pool belongs to the process: the calling thread plus threads - 1 workers. Results never depend on it. */
+void pool_set_threads(int threads);
+int pool_threads(void);
+/* cffi: end */
+
+/* Run task(ctx, 0) .. task(ctx, n - 1) on the pool, in any order; returns when all are done. Tasks must write
+ * disjoint outputs and compute each of them the same way whoever runs it. */
+void pool_run(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
+
+/* Scratch of the calling thread, 64-byte aligned, kept until the next request of the same slot; NULL if memory is out.
+ * SCRATCH_CALL is for what one call shares with its tasks, SCRATCH_TASK for what a task needs for itself. */
+enum scratch_slot { SCRATCH_CALL, SCRATCH_TASK, SCRATCH_SLOTS };
+void *scratch(enum scratch_slot slot, size_t nbytes);
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+#endif

@@ -1,0 +1,19 @@
+/* AVX2, whatever the compiler's own target: pool.c asks the processor before anything here is called. */
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define ISA_AVX2
+#define FN(name) name##_avx2
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,5 @@
+/* Every operation's source, compiled for one instruction set. A new operation adds a line here and one in api.h. */
+#include "simd.h"
+#include "api.h"
+
+#include "embed.h"

@@ -1,0 +1,142 @@
+/* The thread pool, scratch memory and processor detection: the parts that are compiled once.
+ *
+ * Decode makes about 150 calls per token, each of a fraction of a millisecond, so a worker spins briefly before it
+ * sleeps; the bound on spinning keeps a shared processor usable (libgomp's default spins far longer). */
+#include "common.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#define MAX_THREADS 256
+#define SPINS 4000 /* about 50 us: longer than the gap between two calls of a decode step */
+
+static struct {
+    void (*task)(void *, int64_t);
+    void *ctx;
+    int64_t n;
+    /* High half: number of the job. Low half: tasks not yet claimed. A worker claims task n - left by decrementing,
+     * so one that wakes late finds either nothing left or a job whose task and ctx are still valid. */
+    _Atomic uint64_t ticket;
+    _Atomic int64_t done;
+    _Atomic int sleeping;
+    pthread_mutex_t run, lock;
+    pthread_cond_t wake;
+    _Atomic int threads; /* wanted, caller included */
+    int started;         /* workers running */
+} pool = {.run = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
+          .threads = 1};
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static inline uint32_t tasks_left(uint64_t ticket) { return (uint32_t)ticket; }
+
+/* Claim and run tasks until none is left. */
+static void work(void) {
+    uint64_t ticket = atomic_load(&pool.ticket);
+    while (tasks_left(ticket)) {
+        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket - 1)) continue;
+        pool.task(pool.ctx, pool.n - tasks_left(ticket));
+        atomic_fetch_add(&pool.done, 1);
+        ticket = atomic_load(&pool.ticket);
+    }
+}
+
+static void *worker(void *arg) {
+    int index = (int)(intptr_t)arg;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && !tasks_left(atomic_load(&pool.ticket)); spin++) relax();
+        if (!tasks_left(atomic_load(&pool.ticket)) || index >= atomic_load(&pool.threads)) {
+            pthread_mutex_lock(&pool.lock);
+            atomic_fetch_add(&pool.sleeping, 1);
+            while (!tasks_left(atomic_load(&pool.ticket)) || index >= atomic_load(&pool.threads))
+                pthread_cond_wait(&pool.wake, &pool.lock);
+            atomic_fetch_sub(&pool.sleeping, 1);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        work();
+    }
+    return NULL;
+}
+
+/* A forked child has none of the workers; its first job starts new ones. */
+static void forget_workers(void) {
+    pool.started = 0;
+    atomic_store(&pool.sleeping, 0);
+    atomic_store(&pool.ticket, 0);
+    pthread_mutex_init(&pool.run, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+}
+
+static void start_workers(int wanted) {
+    static bool registered;
+    if (!registered) registered = pthread_atfork(NULL, NULL, forget_workers) == 0;
+    pthread_attr_t attr;
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    while (pool.started < wanted - 1) {
+        pthread_t id;
+        if (pthread_create(&id, &attr, worker, (void *)(intptr_t)(pool.started + 1))) break; /* fewer is only slower */
+        pool.started++;
+    }
+    pthread_attr_destroy(&attr);
+}
+
+void pool_set_threads(int threads) { atomic_store(&pool.threads, MAX(1, MIN(threads, MAX_THREADS))); }
+
+int pool_threads(void) { return atomic_load(&pool.threads); }
+
+void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) {
+    int threads = pool_threads();
+    /* Alone, too small to share, or the pool serves another thread: run here. The result is the same. */
+    if (threads == 1 || n < 2 || n > UINT32_MAX || pthread_mutex_trylock(&pool.run)) {
+        for (int64_t i = 0; i < n; i++) task(ctx, i);
+        return;
+    }
+    if (pool.started < threads - 1) start_workers(threads);
+    pool.task = task, pool.ctx = ctx, pool.n = n;
+    atomic_store(&pool.done, 0);
+    uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
+    atomic_store(&pool.ticket, job << 32 | (uint32_t)n);
+    if (atomic_load(&pool.sleeping)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    work();
+    for (int spin = 0; atomic_load(&pool.done) < n; spin++) {
+        if (spin < SPINS) relax();
+        else sched_yield(); /* the last worker lost its core */
+    }
+    pthread_mutex_unlock(&pool.run);
+}
+
+void *scratch(enum scratch_slot slot, size_t nbytes) {
+    static _Thread_local struct { void *data; size_t size; } slots[SCRATCH_SLOTS];
+    if (slots[slot].size < nbytes) {
+        free(slots[slot].data);
+        size_t size = (nbytes + 4095) / 4096 * 4096;
+        slots[slot].data = aligned_alloc(64, size);
+        slots[slot].size = slots[slot].data ? size : 0;
+    }
+    return slots[slot].data;
+}
+
+int cpu_isa(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    return avx2;
+#else
+    return 0;
+#endif
+}
