@@ -1,6 +1,6 @@
 """GGUF files of the llama architecture (which is also what Mistral files say they are).
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; container and quantized types are read by the `gguf` package.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads and dequantizes it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Fields:
     def finish(self) -> None:
         keys = {key.removeprefix("llama.") for key in self.values if key.startswith("llama.")}
         if unknown := sorted(keys - self.seen - HARMLESS_KEYS):
-            raise ConvertError(f"{self.path}: llama.{unknown[0]} = {self.values[f'llama.{unknown[0]}']!r} is not supported")
+            value = self.values[f"llama.{unknown[0]}"]
+            raise ConvertError(f"{self.path}: llama.{unknown[0]} = {value!r} is not supported")
 
 
 def _open(path: Path) -> Any:
@@ -187,11 +188,12 @@ def _llama3(path: Path, freqs: np.ndarray, theta: float, head_dim: int) -> dict[
     if np.array_equal(freqs, np.ones_like(freqs)):
         return None
     factor = float(freqs.max())
-    low, high, original = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"], LLAMA3["original_max_position_embeddings"]
-    turns = original * theta ** (-2 * np.arange(head_dim // 2) / head_dim) / (2 * math.pi)  # within the original context
+    low, high, original = LLAMA3.values()
+    # turns of each frequency within the original context
+    turns = original * theta ** (-2 * np.arange(head_dim // 2) / head_dim) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if not np.allclose(1 / ((1 - smooth) / factor + smooth), freqs, rtol=1e-4):
-        raise ConvertError(f"{path}: rope_freqs.weight does not follow Llama 3's scaling; other factors are not supported")
+        raise ConvertError(f"{path}: rope_freqs.weight does not follow Llama 3's scaling; no other is supported")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
@@ -211,8 +213,13 @@ def _source(path: Path, tensor: Any, mapping: Any) -> Source:
     try:
         dequantize(data.reshape(-1, data.shape[-1])[:1], kind)
     except NotImplementedError as error:
-        raise ConvertError(f"{path}: tensor {tensor.name} has type {kind.name}, which gguf cannot dequantize") from error
-    return Source(name, shape, "F32", lambda index: dequantize(np.asarray(data[index]), kind), quantized=True, mapping=mapping)
+        message = f"{path}: tensor {tensor.name} has type {kind.name}, which the gguf package cannot dequantize"
+        raise ConvertError(message) from error
+
+    def rows(index: Any) -> np.ndarray:
+        return dequantize(np.asarray(data[index]), kind)
+
+    return Source(name, shape, "F32", rows, quantized=True, mapping=mapping)
 
 
 def _name(path: Path, name: str) -> str:

@@ -13,7 +13,8 @@ from runtime.errors import ConvertError
 
 SPACE = "▁"  # how sentencepiece writes a space
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 TEKKEN_SPLIT = (
@@ -24,7 +25,7 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 # What llama.cpp calls "default": three passes, each splitting the pieces of the one before.
 DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")
 
-# tokenizer.ggml.pre -> (regexes applied one after the other, whole words in the vocabulary skip the merges, BOS by default)
+# tokenizer.ggml.pre -> (regexes, applied in turn; whole words in the vocabulary skip the merges; BOS by default)
 PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     **dict.fromkeys(("gpt-2", "gpt2"), ((GPT2_SPLIT,), False, False)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), ((r"\p{N}", GPT2_SPLIT), False, False)),
@@ -49,10 +50,10 @@ class Kind(IntEnum):
 
 def end_ids(values: dict[str, Any]) -> list[int]:
     """Every id that ends a turn: eos, eot and eom of the file, and the well-known control tokens of TURN_ENDS."""
-    ids = [values[key] for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")) if key in values]
-    tokens, kinds = values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", [])
-    ids += [i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == Kind.CONTROL and token in TURN_ENDS]
-    return list(dict.fromkeys(ids))
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    typed = zip(values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", []), strict=False)
+    known = [i for i, (token, kind) in enumerate(typed) if kind == Kind.CONTROL and token in TURN_ENDS]
+    return list(dict.fromkeys([values[key] for key in keys if key in values] + known))
 
 
 def tokenizer_files(path: Path, values: dict[str, Any], vocab_size: int) -> dict[str, str]:
@@ -97,7 +98,7 @@ def tokenizer_files(path: Path, values: dict[str, Any], vocab_size: int) -> dict
 def _byte_level(path: Path, ggml: dict[str, Any], tokens: list[str]) -> tuple[dict[str, Any], bool]:
     if (pre := ggml.get("pre")) not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise ConvertError(f"{path}: pre-tokenizer {pre!r} is not known (known: {known}); use the Hugging Face files instead")
+        raise ConvertError(f"{path}: pre-tokenizer {pre!r} is not known (these are: {known})")
     splits, ignore_merges, adds_bos = PRE_TOKENIZERS[pre]
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in splits
@@ -112,7 +113,9 @@ def _byte_level(path: Path, ggml: dict[str, Any], tokens: list[str]) -> tuple[di
     }, adds_bos
 
 
-def _sentencepiece(path: Path, ggml: dict[str, Any], tokens: list[str], kinds: list[int]) -> tuple[dict[str, Any], bool]:
+def _sentencepiece(
+    path: Path, ggml: dict[str, Any], tokens: list[str], kinds: list[int]
+) -> tuple[dict[str, Any], bool]:
     scores, unknown = ggml.get("scores", []), ggml.get("unknown_token_id", 0)
     if len(scores) != len(tokens):
         raise ConvertError(f"{path}: {len(scores)} token scores for {len(tokens)} tokens")
@@ -123,7 +126,8 @@ def _sentencepiece(path: Path, ggml: dict[str, Any], tokens: list[str], kinds: l
     ]  # fmt: skip
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    model = _bpe(tokens, merges_from_scores(tokens, scores, kinds), unknown=tokens[unknown], byte_fallback=Kind.BYTE in kinds)
+    merges = merges_from_scores(tokens, scores, kinds)
+    model = _bpe(tokens, merges, unknown=tokens[unknown], byte_fallback=Kind.BYTE in kinds)
     return {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + [replace]},
         "pre_tokenizer": None,

@@ -59,8 +59,8 @@ def assemble(where: object, config: dict[str, Any], found: Iterable[Source], *, 
         if source.name not in expected or source.name in sources:
             what = "appears twice" if source.name in sources else "does not belong to a Llama or Mistral model"
             raise ConvertError(f"{where}: tensor {source.name} {what}")
-        if source.shape != expected[source.name]:
-            raise ConvertError(f"{where}: tensor {source.name} has shape {source.shape}, expected {expected[source.name]}")
+        if source.shape != (shape := expected[source.name]):
+            raise ConvertError(f"{where}: tensor {source.name} has shape {source.shape}, expected {shape}")
         sources[source.name] = source
     if missing := [name for name in expected if name not in sources]:
         raise ConvertError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}")
