@@ -85,10 +85,7 @@ class DocumentShape:
             _integer(name, getattr(self, name), 1)
         for name in ("n_chunks", "prefix", "remainder", "suffix", "max_new"):
             _integer(name, getattr(self, name), 0)
-        _integer("chunk", self.chunk, MIN_CHUNK, MAX_CHUNK)
-        if self.chunk % CHUNK_STEP:
-            raise PlanError(f"chunk is {self.chunk}; expected a multiple of {CHUNK_STEP} "
-                            f"from {MIN_CHUNK} to {MAX_CHUNK}")
+        check_chunk_size(self.chunk)
         if self.remainder >= self.chunk:
             raise PlanError(f"remainder is {self.remainder}; expected less than one chunk of {self.chunk}")
         if self.window is not None:
@@ -288,6 +285,13 @@ def hidden_chunks(prefix: int, chunk: int, n_chunks: int, prompt_tokens: int, wi
     if window is None:
         return range(0)
     return range(min(max((prompt_tokens - window + 1 - prefix) // chunk, 0), n_chunks))
+
+
+def check_chunk_size(chunk: int) -> None:
+    """Raises PlanError unless it is a multiple of 8 from 8 to 256."""
+    if type(chunk) is not int or chunk % CHUNK_STEP or not MIN_CHUNK <= chunk <= MAX_CHUNK:
+        raise PlanError(f"chunk is {_show(chunk)}; expected a multiple of {CHUNK_STEP} "
+                        f"from {MIN_CHUNK} to {MAX_CHUNK}")
 
 
 # Checks. Values may come from hostile JSON, so types are exact (bool is no int) and messages are cut short.

@@ -1,0 +1,75 @@
+"""Scorers: (chunk texts, query) -> one similarity per chunk. Higher means more relevant; only the order and the
+relative distances matter, never the scale.
+
+    bm25      words in common (cocktail.scorers.bm25); needs no model
+    hybrid    bm25 and an encoder, z-scores added; option `encoder` names the model, or "hybrid:FOLDER"
+    random    noise, the control that shows what relevance is worth; option `seed`, or "random:7"
+    none      all equal
+    anything else is a sentence-transformers model: a folder, or a name in the local Hugging Face cache
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import ScorerError
+
+Scores = npt.NDArray[np.float32]
+
+# name -> (module, class); imported only when asked for, since some need an extra and all cost start-up time.
+SCORERS = {
+    "bm25": ("cocktail.scorers.bm25", "Bm25Scorer"),
+    "hybrid": ("cocktail.scorers.hybrid", "HybridScorer"),
+    "random": ("cocktail.scorers.random", "RandomScorer"),
+    "none": ("cocktail.scorers.random", "EqualScorer"),
+}
+_VALUES = {"hybrid": "encoder", "random": "seed"}  # the option that "name:value" sets
+_ENCODER = ("cocktail.scorers.encoder", "EncoderScorer")
+
+
+class Scorer(Protocol):
+    """name goes into plans and reports."""
+
+    name: str
+
+    def score(self, chunks: Sequence[str], query: str) -> Scores:
+        """float32 (N,), finite. Deterministic. Raises ScorerError."""
+
+
+def load_scorer(name_or_path: str, **options: Any) -> Scorer:
+    """The scorer of that name, or the encoder in that folder. Raises ScorerError, for unknown options too."""
+    name, _, value = name_or_path.partition(":")
+    if name in _VALUES and value:
+        name_or_path, options = name, {_VALUES[name]: value, **options}
+    module, cls = SCORERS.get(name_or_path, _ENCODER)
+    if (module, cls) == _ENCODER:
+        options = {"model": name_or_path, **options}
+    factory = getattr(import_module(module), cls)
+    known = inspect.signature(factory).parameters
+    if unknown := sorted(options.keys() - known.keys()):
+        raise ScorerError(f"scorer {name_or_path} has no option {', '.join(unknown)}; "
+                          f"it has {', '.join(known) or 'none'}")
+    scorer: Scorer = factory(**options)
+    return scorer
+
+
+def finite_scores(scores: npt.ArrayLike, source: str) -> Scores:
+    """scores (N,) as float32 with NaN and infinities replaced by the lowest finite score, and a warning.
+
+    The lowest that occurs, not the lowest possible: a broken embedding must not move the paper's thresholds, which
+    depend on the smallest score (Eq. 2, 3).
+    """
+    result = np.array(scores, np.float32)
+    finite = np.isfinite(result)
+    if not finite.all():
+        result[~finite] = result[finite].min() if finite.any() else 0
+        warnings.warn(f"{source}: {np.count_nonzero(~finite)} of {result.size} scores were not finite and count as "
+                      "the lowest", stacklevel=2)
+    return result
