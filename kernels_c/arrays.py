@@ -80,6 +80,8 @@ def check(status: int, operation: str) -> None:
         raise MemoryError(f"{operation}: no memory for scratch; use a smaller prefill tile")
     if status == lib.BAD_INDEX:
         raise KernelError(f"{operation}: an id, position or slot lies outside its table")
+    if status == lib.NOT_FINITE:
+        raise KernelError(f"{operation}: every logit is NaN or -infinity; the weights or the cache are damaged")
 
 
 def _inspect(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any], Any]:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels_c.arrays import F32, I32, U8, Buffer, Matrix, allocate, check, pointer
+from kernels_c.arrays import F16, F32, I32, U8, Buffer, Matrix, allocate, check, matrix_record, pointer, vector_pointer
 from kernels_c.cache_ops import CacheOps
 from kernels_c.errors import KernelError
 from kernels_c.isa import choose_isa, lib, operation
 
-_OPERATIONS = ("embed",)
+_OPERATIONS = ("embed", "qkv", "prefill_attention", "linear_add", "gate_up", "logits", "sample")
 
 
 class CpuBackend(CacheOps):
@@ -30,8 +30,9 @@ class CpuBackend(CacheOps):
         self.isa = choose_isa(isa)
         self.threads = threads or 1
         lib.pool_set_threads(self.threads)
-        for name in _OPERATIONS:
-            setattr(self, f"_{name}", operation(name, self.isa))
+        compiled = [operation(name, self.isa) for name in _OPERATIONS]
+        self._embed, self._qkv, self._prefill_attention, self._linear_add, self._gate_up, *compiled = compiled
+        self._logits, self._sample = compiled
         super().__init__()
 
     def kernels(self) -> dict[str, str]:
@@ -65,3 +66,124 @@ class CpuBackend(CacheOps):
         T, E = len(ids), table.shape[1]
         args = pointer("ids", ids, (T,), I32), table.record, pointer("out", out, (T, E), F32), T
         check(self._embed(*args), "embed")
+
+    def qkv(self, x: Buffer, norm: Buffer, eps: float, wq: Matrix, wk: Matrix, wv: Matrix, bq: Buffer | None,
+            bk: Buffer | None, bv: Buffer | None, cos: Buffer, sin: Buffer, positions: Buffer, slots: Buffer,
+            q: Buffer, k: Buffer, v: Buffer) -> None:  # fmt: skip
+        """K and V beyond FP16's finite range are stored as +-65504, NaN as -65504."""
+        (T, E), (_, H, D), (G, S, _), P = x.shape, q.shape, k.shape, len(cos)
+        _check_head_dim(D)
+        status = self._qkv(
+            pointer("x", x, (T, E), F32),
+            pointer("norm", norm, (E,), F32),
+            eps,
+            matrix_record("wq", wq, H * D, E),
+            matrix_record("wk", wk, G * D, E),
+            matrix_record("wv", wv, G * D, E),
+            vector_pointer("bq", bq, H * D),
+            vector_pointer("bk", bk, G * D),
+            vector_pointer("bv", bv, G * D),
+            pointer("cos", cos, (P, D // 2), F32),
+            pointer("sin", sin, (P, D // 2), F32),
+            P,
+            pointer("positions", positions, (T,), I32),
+            pointer("slots", slots, (T,), I32),
+            H,
+            G,
+            D,
+            S,
+            pointer("q", q, (T, H, D), F32),
+            pointer("k", k, (G, S, D), F16),
+            pointer("v", v, (G, S, D), F16),
+            T,
+        )
+        check(status, "qkv")
+
+    def prefill_attention(self, q: Buffer, k: Buffer, v: Buffer, start: int, window: int | None, out: Buffer) -> None:
+        (T, H, D), (G, S, _) = q.shape, k.shape
+        _check_head_dim(D)
+        if H % G or not 0 <= start <= S - T or (window is not None and window < 1):
+            raise KernelError(
+                f"prefill_attention: {H} query heads over {G} KV heads, rows {start}..{start + T} of {S} and window "
+                f"{window} do not fit: heads must divide, rows must exist and a window is at least 1"
+            )
+        status = self._prefill_attention(
+            pointer("q", q, (T, H, D), F32),
+            pointer("k", k, (G, S, D), F16),
+            pointer("v", v, (G, S, D), F16),
+            pointer("out", out, (T, H * D), F32),
+            T,
+            H,
+            G,
+            D,
+            S,
+            start,
+            window or S,
+        )
+        check(status, "prefill_attention")
+
+    def linear_add(self, h: Buffer, weight: Matrix, bias: Buffer | None, x: Buffer) -> None:
+        (T, K), E = h.shape, weight.shape[0]
+        status = self._linear_add(
+            pointer("h", h, (T, K), F32),
+            matrix_record("weight", weight, E, K),
+            vector_pointer("bias", bias, E),
+            pointer("x", x, (T, E), F32),
+            T,
+        )
+        check(status, "linear_add")
+
+    def gate_up(self, x: Buffer, norm: Buffer, eps: float, gate: Matrix, up: Matrix, gate_bias: Buffer | None,
+                up_bias: Buffer | None, out: Buffer) -> None:  # fmt: skip
+        (T, E), I = x.shape, gate.shape[0]  # noqa: E741 - the project's letter of the MLP size
+        status = self._gate_up(
+            pointer("x", x, (T, E), F32),
+            pointer("norm", norm, (E,), F32),
+            eps,
+            matrix_record("gate", gate, I, E),
+            matrix_record("up", up, I, E),
+            vector_pointer("gate_bias", gate_bias, I),
+            vector_pointer("up_bias", up_bias, I),
+            pointer("out", out, (T, I), F32),
+            T,
+        )
+        check(status, "gate_up")
+
+    def logits(self, x: Buffer, norm: Buffer, eps: float, head: Matrix, out: Buffer) -> None:
+        (T, E), V = x.shape, head.shape[0]
+        status = self._logits(
+            pointer("x", x, (T, E), F32),
+            pointer("norm", norm, (E,), F32),
+            eps,
+            matrix_record("head", head, V, E),
+            pointer("out", out, (T, V), F32),
+            T,
+        )
+        check(status, "logits")
+
+    # end of the step -------------------------------------------------------------------------------------------
+    def sample(self, logits: Buffer, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+               seen: Buffer, n_seen: int, uniform: float) -> int:  # fmt: skip
+        """Filters as in Hugging Face; top_k 0, top_p 1, min_p 0 and penalty 1 are off. NaN logits are never drawn."""
+        if temperature < 0 or top_k < 0 or penalty <= 0 or not 0 <= n_seen <= len(seen):
+            raise KernelError(
+                f"sample: needs temperature >= 0, top_k >= 0, penalty > 0 and n_seen <= {len(seen)}, but got "
+                f"{temperature}, {top_k}, {penalty} and {n_seen}"
+            )
+        V = logits.shape[1]
+        values, ids = pointer("logits", logits, (1, V), F32), pointer("seen", seen, (len(seen),), I32)
+        chosen = self._sample(values, V, temperature, top_k, top_p, min_p, penalty, ids, n_seen, uniform)
+        if chosen < 0:
+            check(chosen, "sample")
+        return int(chosen)
+
+    def advance(self, state: Buffer, token: int) -> None:
+        """state: position, slot, token (runtime.backend.STATE_*)."""
+        state[0] += 1
+        state[1] += 1
+        state[2] = token
+
+
+def _check_head_dim(D: int) -> None:
+    if D % 8 or not 0 < D <= 256:
+        raise KernelError(f"head_dim must be a multiple of 8 up to 256, but is {D}")

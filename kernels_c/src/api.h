@@ -3,3 +3,15 @@
  * T tokens, E hidden, H query heads, G KV heads, D head_dim, S slots, V vocabulary. Python has checked everything. */
 
 int FN(embed)(const int32_t *ids, const matrix *table, float *out, int64_t T);
+int FN(linear_add)(const float *h, const matrix *weight, const float *bias, float *x, int64_t T);
+int FN(gate_up)(const float *x, const float *norm, float eps, const matrix *gate, const matrix *up,
+                const float *gate_bias, const float *up_bias, float *out, int64_t T);
+int FN(logits)(const float *x, const float *norm, float eps, const matrix *head, float *out, int64_t T);
+int FN(qkv)(const float *x, const float *norm, float eps, const matrix *wq, const matrix *wk, const matrix *wv,
+            const float *bq, const float *bk, const float *bv, const float *cos, const float *sin, int64_t P,
+            const int32_t *positions, const int32_t *slots, int64_t H, int64_t G, int64_t D, int64_t S, float *q,
+            uint16_t *k, uint16_t *v, int64_t T);
+int FN(prefill_attention)(const float *q, const uint16_t *k, const uint16_t *v, float *out, int64_t T, int64_t H,
+                          int64_t G, int64_t D, int64_t S, int64_t start, int64_t window);
+int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
+               float penalty, const int32_t *seen, int64_t n_seen, double uniform);

@@ -2,6 +2,7 @@
 #ifndef COCKTAIL_COMMON_H
 #define COCKTAIL_COMMON_H
 
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -15,7 +16,7 @@
 enum dtype { F32, F16, BF16 };
 
 /* Every operation returns one of these; Python turns them into exceptions. */
-enum status { OK = 0, NO_MEMORY = -1, BAD_INDEX = -2 };
+enum status { OK = 0, NO_MEMORY = -1, BAD_INDEX = -2, NOT_FINITE = -3 };
 
 /* A weight matrix (rows = outputs, cols = inputs), row-major, of any alignment (it may lie in a mapped file). */
 typedef struct {
@@ -37,9 +38,11 @@ int pool_threads(void);
 void pool_run(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
 
 /* Scratch of the calling thread, 64-byte aligned, kept until the next request of the same slot; NULL if memory is out.
- * SCRATCH_CALL is for what one call shares with its tasks, SCRATCH_TASK for what a task needs for itself. */
-enum scratch_slot { SCRATCH_CALL, SCRATCH_TASK, SCRATCH_SLOTS };
+ * SCRATCH_CALL and SCRATCH_ROWS are for what one call shares with its tasks, SCRATCH_TASK for what a task needs itself. */
+enum scratch_slot { SCRATCH_CALL, SCRATCH_ROWS, SCRATCH_TASK, SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t nbytes);
+
+#define MAX_HEAD_DIM 256
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNUSED __attribute__((unused))

@@ -2,4 +2,11 @@
 #include "simd.h"
 #include "api.h"
 
+#include "micro.h"
+
 #include "embed.h"
+#include "norm.h"
+#include "linear.h"
+#include "qkv.h"
+#include "prefill.h"
+#include "sample.h"

@@ -77,19 +77,25 @@ INLINE vh vf_to_half(vf a) {
 INLINE vf vf_from_bfloat(vh h) { return (vf)(__builtin_convertvector(h, vi) << 16); }
 
 /* Sum and maximum over the lanes, by halving: the same tree every time. */
+typedef float v4 __attribute__((vector_size(16)));
+#define V4_MAX(a, b) ((v4)((((a) > (b)) & (v4i)(a)) | (((a) <= (b)) & (v4i)(b))))
+typedef int32_t v4i __attribute__((vector_size(16)));
 INLINE float vf_sum(vf v) {
-    float t[VL];
-    vf_store(t, v);
-    for (int width = VL / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) t[i] += t[i + width];
-    return t[0];
+    v4 part[VL / 4];
+    memcpy(part, &v, sizeof v);
+    for (int width = VL / 8; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    v4 t = part[0] + __builtin_shufflevector(part[0], part[0], 2, 3, 0, 1);
+    return t[0] + t[1];
 }
 INLINE float vf_hmax(vf v) {
-    float t[VL];
-    vf_store(t, v);
-    for (int width = VL / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) t[i] = MAX(t[i], t[i + width]);
-    return t[0];
+    v4 part[VL / 4];
+    memcpy(part, &v, sizeof v);
+    for (int width = VL / 8; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] = V4_MAX(part[i], part[i + width]);
+    v4 t = part[0];
+    t = V4_MAX(t, __builtin_shufflevector(t, t, 2, 3, 0, 1));
+    return MAX(t[0], t[1]);
 }
 
 /* One value of a stored row. */
@@ -116,11 +122,9 @@ INLINE const void *matrix_row(const matrix *w, int64_t row) {
     return (const char *)w->data + row * w->cols * (w->dtype == F32 ? 4 : 2);
 }
 
-/* 2^x, relative error under 2 units in the last place; 0 below -126 (also for -infinity), at most 2^127.
- * The polynomial is the minimax fit of 2^f on [-1/2, 1/2] for relative error (1.9e-9). */
-INLINE vf vf_exp2(vf x) {
-    vf n = vf_round(vf_min(vf_max(x, vf_set1(-127)), vf_set1(127))), f = x - n;
-    f = vf_min(vf_max(f, vf_set1(-0.5f)), vf_set1(0.5f));
+/* 2^(n + f) for a whole n in [-127, 128) and f in [-1/2, 1/2]; 0 for n = -127.
+ * The polynomial is the minimax fit of 2^f for relative error (1.9e-9). */
+INLINE vf vf_exp2_parts(vf n, vf f) {
     vf p = vf_set1(1.53458121613e-4f);
     p = vf_fma(p, f, vf_set1(1.33999311772e-3f));
     p = vf_fma(p, f, vf_set1(9.61848895633e-3f));
@@ -128,6 +132,20 @@ INLINE vf vf_exp2(vf x) {
     p = vf_fma(p, f, vf_set1(2.40226468906e-1f));
     p = vf_fma(p, f, vf_set1(6.93147205737e-1f));
     p = vf_fma(p, f, vf_set1(1.0f));
-    vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23); /* 0 at n = -127 */
+    vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return p * power;
+}
+
+/* 2^x for x <= 127, relative error under 2 units in the last place; 0 from about -126.5 down (-infinity included). */
+INLINE vf vf_exp2(vf x) {
+    x = vf_max(x, vf_set1(-127));
+    vf n = vf_round(x);
+    return vf_exp2_parts(n, x - n);
+}
+
+/* e^x, saturating at about e^88, 0 below about e^-87.7; log2(e) in two parts keeps the error at a few units. */
+INLINE vf vf_exp(vf x) {
+    x = vf_min(vf_max(x, vf_set1(-88)), vf_set1(88));
+    vf n = vf_round(x * 1.44269502f), f = vf_fma(x, vf_set1(1.44269502f), -n);
+    return vf_exp2_parts(n, vf_fma(x, vf_set1(1.92596303e-8f), f));
 }
