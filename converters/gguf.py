@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from converters.gguf_tokenizer import end_ids, tokenizer_files
-from converters.model import Model, Source, assemble
+from converters.model import Model, Source, assemble, mappings_of
 from runtime.errors import ConvertError
 
 NAMES = {
@@ -39,8 +39,7 @@ def read(path: Path) -> Model:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         freqs = tensors.pop("rope_freqs.weight", None)
         config = _config(Fields(path, values), tensors, None if freqs is None else np.asarray(freqs.data, np.float64))
-        mapping = reader.data.base
-        sources = [_source(path, tensor, mapping) for tensor in tensors.values()]
+        sources = [_source(path, tensor) for tensor in tensors.values()]
         sources = assemble(path, config, sources, interleaved=True)
         return Model(config, sources, tokenizer_files(path, values, config["vocab_size"]))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, ZeroDivisionError, AttributeError) as error:
@@ -197,7 +196,7 @@ def _llama3(path: Path, freqs: np.ndarray, theta: float, head_dim: int) -> dict[
     return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
-def _source(path: Path, tensor: Any, mapping: Any) -> Source:
+def _source(path: Path, tensor: Any) -> Source:
     from gguf import GGMLQuantizationType as Kind
     from gguf.quants import dequantize
 
@@ -209,7 +208,7 @@ def _source(path: Path, tensor: Any, mapping: Any) -> Source:
         Kind.BF16: ("BF16", lambda index: data[index].view(np.uint16)),
     }
     if kind in raw:
-        return Source(name, shape, *raw[kind], mapping=mapping)
+        return Source(name, shape, *raw[kind], mappings=mappings_of(data))
     try:
         dequantize(data.reshape(-1, data.shape[-1])[:1], kind)
     except NotImplementedError as error:
@@ -219,7 +218,7 @@ def _source(path: Path, tensor: Any, mapping: Any) -> Source:
     def rows(index: Any) -> np.ndarray:
         return dequantize(np.asarray(data[index]), kind)
 
-    return Source(name, shape, "F32", rows, quantized=True, mapping=mapping)
+    return Source(name, shape, "F32", rows, quantized=True, mappings=mappings_of(data))
 
 
 def _name(path: Path, name: str) -> str:

@@ -60,7 +60,7 @@ def write(model: Model, target: Path, dtype: str | None = None) -> int:
             for source, to in plan:
                 for block in _blocks(source, to):
                     progress.advance(task, file.write(block))
-                _release(source.mapping)
+                _release(source.mappings)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
@@ -90,11 +90,11 @@ def _header(model: Model, plan: list[tuple[Source, str]]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, offset
 
 
-def _blocks(source: Source, dtype: str) -> Iterator[memoryview]:
+def _blocks(source: Source, dtype: str) -> Iterator[bytes]:
     step = max(1, BLOCK_VALUES // max(1, math.prod(source.shape[1:])))
     for start in range(0, source.shape[0], step):
         rows = source.rows(slice(start, min(start + step, source.shape[0])))
-        yield memoryview(np.ascontiguousarray(_cast(rows, source, dtype))).cast("B")
+        yield _cast(rows, source, dtype).tobytes()
 
 
 def _cast(rows: np.ndarray, source: Source, dtype: str) -> np.ndarray:
@@ -120,10 +120,11 @@ def _bf16(wide: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)
 
 
-def _release(mapping: mmap.mmap | None) -> None:
+def _release(mappings: tuple[mmap.mmap, ...]) -> None:
     """Give the file's pages back: a mapping of the whole input would otherwise count as this process's memory."""
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapping in mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:
