@@ -11,6 +11,8 @@ from kernels_c.arrays import F16, F32, I32, U8, Buffer, Matrix, allocate, check,
 from kernels_c.cache_ops import CacheOps
 from kernels_c.errors import KernelError
 from kernels_c.isa import choose_isa, lib, operation
+from kernels_c.machine import available_bytes
+from kernels_c.threads import default_threads
 
 _OPERATIONS = ("embed", "qkv", "prefill_attention", "linear_add", "gate_up", "logits", "sample")
 
@@ -19,7 +21,7 @@ class CpuBackend(CacheOps):
     """The C kernels of one instruction set.
 
     isa: "scalar", "avx2" or "avx512"; None takes COCKTAIL_ISA, else the widest this processor has.
-    threads: of the process-wide pool; None chooses (default_threads). Results never depend on it.
+    threads: of the process-wide pool; None measures what helps (threads.default_threads). Results never depend on it.
     """
 
     name = "cpu"
@@ -28,8 +30,8 @@ class CpuBackend(CacheOps):
         if threads is not None and threads < 1:
             raise KernelError(f"threads must be at least 1, but is {threads}")
         self.isa = choose_isa(isa)
-        self.threads = threads or 1
-        lib.pool_set_threads(self.threads)
+        self.threads, self.streaming_threads = (threads, threads) if threads else default_threads(self.isa)
+        lib.pool_set_threads(self.threads, self.streaming_threads)
         compiled = [operation(name, self.isa) for name in _OPERATIONS]
         self._embed, self._qkv, self._prefill_attention, self._linear_add, self._gate_up, *compiled = compiled
         self._logits, self._sample = compiled
@@ -59,6 +61,10 @@ class CpuBackend(CacheOps):
         return np.array(array, subok=False)
 
     def arena(self, nbytes: int) -> Buffer:
+        """MemoryError, here rather than at the first touch, if the machine or the container has less to give."""
+        free = available_bytes()
+        if free is not None and nbytes > free:
+            raise MemoryError(f"the KV cache needs {nbytes:,} bytes, but {free:,} are free; lower --kv-bits")
         return allocate((nbytes,), U8)
 
     # layer operations ------------------------------------------------------------------------------------------

@@ -28,14 +28,17 @@ typedef struct {
 /* 0 scalar, 1 AVX2, 2 AVX-512: the widest that this processor and its operating system support. */
 int cpu_isa(void);
 
-/* The pool belongs to the process: the calling thread plus threads - 1 workers. Results never depend on it. */
-void pool_set_threads(int threads);
-int pool_threads(void);
+/* The pool belongs to the process. Threads, caller included, for work bound by arithmetic and for work bound by memory
+ * reads, which often saturates with fewer. Results never depend on either. */
+void pool_set_threads(int compute, int memory);
 /* cffi: end */
 
 /* Run task(ctx, 0) .. task(ctx, n - 1) on the pool, in any order; returns when all are done. Tasks must write
  * disjoint outputs and compute each of them the same way whoever runs it. */
 void pool_run(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
+
+/* The same for tasks that only stream memory, such as matrix-vector products. */
+void pool_stream(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
 
 /* Scratch of the calling thread, 64-byte aligned, kept until the next request of the same slot; NULL if memory is out.
  * SCRATCH_CALL and SCRATCH_ROWS are for what one call shares with its tasks, SCRATCH_TASK for what a task needs itself. */

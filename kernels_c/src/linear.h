@@ -192,7 +192,7 @@ static int linear_run(const linear *jobs, int n_jobs, const float *x, const floa
     }
     int64_t tasks = 0;
     for (int j = 0; j < n_jobs; j++) tasks += (jobs[j].weight->rows + call.task_columns - 1) / call.task_columns;
-    pool_run(linear_task, &call, tasks);
+    (panels ? pool_run : pool_stream)(linear_task, &call, tasks);
     return call.failed ? NO_MEMORY : OK;
 }
 

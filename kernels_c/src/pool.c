@@ -8,7 +8,7 @@
 #include <sched.h>
 
 #define MAX_THREADS 256
-#define SPINS 4000 /* about 50 us: longer than the gap between two calls of a decode step */
+#define SPINS 4000 /* 50 to 150 us: longer than the gap between two calls of a decode step */
 
 static struct {
     void (*task)(void *, int64_t);
@@ -18,13 +18,17 @@ static struct {
      * so one that wakes late finds either nothing left or a job whose task and ctx are still valid. */
     _Atomic uint64_t ticket;
     _Atomic int64_t done;
-    _Atomic int sleeping;
+    _Atomic int active; /* threads of this job, caller included */
     pthread_mutex_t run, lock;
+    int started; /* workers running; worker i, from 1, takes part where i < active */
+} pool = {.run = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER};
+
+static struct {
     pthread_cond_t wake;
-    _Atomic int threads; /* wanted, caller included */
-    int started;         /* workers running */
-} pool = {.run = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
-          .threads = 1};
+    _Atomic bool sleeping;
+} workers[MAX_THREADS];
+
+static _Atomic int compute_threads = 1, memory_threads = 1;
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -47,16 +51,17 @@ static void work(void) {
     }
 }
 
+static bool idle(int index) { return !tasks_left(atomic_load(&pool.ticket)) || index >= atomic_load(&pool.active); }
+
 static void *worker(void *arg) {
     int index = (int)(intptr_t)arg;
     for (;;) {
-        for (int spin = 0; spin < SPINS && !tasks_left(atomic_load(&pool.ticket)); spin++) relax();
-        if (!tasks_left(atomic_load(&pool.ticket)) || index >= atomic_load(&pool.threads)) {
+        for (int spin = 0; spin < SPINS && idle(index); spin++) relax();
+        if (idle(index)) {
             pthread_mutex_lock(&pool.lock);
-            atomic_fetch_add(&pool.sleeping, 1);
-            while (!tasks_left(atomic_load(&pool.ticket)) || index >= atomic_load(&pool.threads))
-                pthread_cond_wait(&pool.wake, &pool.lock);
-            atomic_fetch_sub(&pool.sleeping, 1);
+            atomic_store(&workers[index].sleeping, true);
+            while (idle(index)) pthread_cond_wait(&workers[index].wake, &pool.lock);
+            atomic_store(&workers[index].sleeping, false);
             pthread_mutex_unlock(&pool.lock);
         }
         work();
@@ -67,11 +72,9 @@ static void *worker(void *arg) {
 /* A forked child has none of the workers; its first job starts new ones. */
 static void forget_workers(void) {
     pool.started = 0;
-    atomic_store(&pool.sleeping, 0);
     atomic_store(&pool.ticket, 0);
     pthread_mutex_init(&pool.run, NULL);
     pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
 }
 
 static void start_workers(int wanted) {
@@ -82,19 +85,22 @@ static void start_workers(int wanted) {
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     while (pool.started < wanted - 1) {
         pthread_t id;
-        if (pthread_create(&id, &attr, worker, (void *)(intptr_t)(pool.started + 1))) break; /* fewer is only slower */
+        int index = pool.started + 1;
+        pthread_cond_init(&workers[index].wake, NULL);
+        atomic_store(&workers[index].sleeping, false);
+        if (pthread_create(&id, &attr, worker, (void *)(intptr_t)index)) break; /* fewer is only slower */
         pool.started++;
     }
     pthread_attr_destroy(&attr);
 }
 
-void pool_set_threads(int threads) { atomic_store(&pool.threads, MAX(1, MIN(threads, MAX_THREADS))); }
+void pool_set_threads(int compute, int memory) {
+    atomic_store(&compute_threads, MAX(1, MIN(compute, MAX_THREADS)));
+    atomic_store(&memory_threads, MAX(1, MIN(memory, MAX_THREADS)));
+}
 
-int pool_threads(void) { return atomic_load(&pool.threads); }
-
-void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) {
-    int threads = pool_threads();
-    /* Alone, too small to share, or the pool serves another thread: run here. The result is the same. */
+static void run(void (*task)(void *, int64_t), void *ctx, int64_t n, int threads) {
+    /* Alone, nothing to share, or the pool serves another caller: run here. The result is the same. */
     if (threads == 1 || n < 2 || n > UINT32_MAX || pthread_mutex_trylock(&pool.run)) {
         for (int64_t i = 0; i < n; i++) task(ctx, i);
         return;
@@ -102,11 +108,13 @@ void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) {
     if (pool.started < threads - 1) start_workers(threads);
     pool.task = task, pool.ctx = ctx, pool.n = n;
     atomic_store(&pool.done, 0);
+    atomic_store(&pool.active, threads);
     uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
     atomic_store(&pool.ticket, job << 32 | (uint32_t)n);
-    if (atomic_load(&pool.sleeping)) {
+    for (int i = 1; i < threads && i <= pool.started; i++) {
+        if (!atomic_load(&workers[i].sleeping)) continue;
         pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.wake);
+        pthread_cond_signal(&workers[i].wake);
         pthread_mutex_unlock(&pool.lock);
     }
     work();
@@ -116,6 +124,10 @@ void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) {
     }
     pthread_mutex_unlock(&pool.run);
 }
+
+void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) { run(task, ctx, n, compute_threads); }
+
+void pool_stream(void (*task)(void *, int64_t), void *ctx, int64_t n) { run(task, ctx, n, memory_threads); }
 
 void *scratch(enum scratch_slot slot, size_t nbytes) {
     static _Thread_local struct { void *data; size_t size; } slots[SCRATCH_SLOTS];

@@ -4,8 +4,9 @@
  * need: a full sort of the vocabulary would take longer than a layer. NaN counts as -infinity. */
 
 typedef struct {
-    const float *value; /* (V,) log-probabilities up to a constant */
-    int32_t *ids;       /* heap of `left` candidates, then the taken ones, the first of them last */
+    float *value; /* (V,) log-probabilities up to a constant */
+    float *p;     /* (V,) their exponentials */
+    int32_t *ids; /* heap of `left` candidates, then the taken ones, the first of them last */
     int64_t left;
 } candidates;
 
@@ -45,54 +46,59 @@ static int penalized(const float *logits, int64_t V, float penalty, const int32_
     return OK;
 }
 
+/* The first of kept candidates at which the running sum passes `goal`; in order of rank, or of ids. */
+static int32_t walk(candidates *c, int64_t n, int64_t kept, bool by_rank, double goal) {
+    double sum = 0;
+    int32_t id = 0;
+    for (int64_t i = 0; i < kept && sum <= goal; i++) {
+        id = by_rank ? ranked(c, n, i) : c->ids[i];
+        sum += c->p[id];
+    }
+    return id; /* the last one where rounding left the sum just below the mass */
+}
+
 static int32_t draw(candidates *c, int64_t n, int64_t top_k, float top_p, double uniform) {
     double mass = 0, sum = 0;
-    int64_t kept = n;
-    if (top_k > 0 && top_k < n) {
-        kept = top_k;
-        for (int64_t i = 0; i < kept; i++) mass += exp(c->value[ranked(c, n, i)]);
-    } else {
-        for (int64_t i = 0; i < n; i++) mass += exp(c->value[c->ids[i]]);
+    int64_t kept = top_k > 0 ? MIN(top_k, n) : n;
+    bool by_rank = kept < n || top_p < 1;
+    if (by_rank)
+        for (int64_t i = n / 2; i-- > 0;) sift_down(c, i);
+    for (int64_t i = 0; i < kept; i++) mass += c->p[kept < n ? ranked(c, n, i) : c->ids[i]];
+    for (int64_t i = 0; top_p < 1 && i < kept; i++) {
+        sum += c->p[ranked(c, n, i)];
+        if (sum < top_p * mass) continue;
+        kept = i + 1;
+        mass = sum;
     }
-    if (top_p < 1)
-        for (int64_t i = 0; i < kept; i++) {
-            sum += exp(c->value[ranked(c, n, i)]);
-            if (sum < top_p * mass) continue;
-            kept = i + 1;
-            mass = sum;
-        }
-    sum = 0;
-    for (int64_t i = 0; i < kept; i++) {
-        sum += exp(c->value[ranked(c, n, i)]);
-        if (sum > uniform * mass) return ranked(c, n, i);
-    }
-    return ranked(c, n, kept - 1); /* rounding left the sum just below the mass */
+    return walk(c, n, kept, by_rank, uniform * mass);
 }
 
 /* The id, or a negative status. temperature 0 takes the largest; top_k 0, top_p 1, min_p 0 and penalty 1 do nothing. */
 int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
                float penalty, const int32_t *seen, int64_t n_seen, double uniform) {
-    float *value = scratch(SCRATCH_CALL, (sizeof(float) + sizeof(int32_t)) * V);
+    int64_t padded = (V + VL - 1) / VL * VL;
+    float *value = scratch(SCRATCH_CALL, (2 * sizeof(float) + sizeof(int32_t)) * padded);
     if (!value) return NO_MEMORY;
     int status = penalized(logits, V, penalty, seen, n_seen, value);
     if (status) return status;
+    for (int64_t i = V; i < padded; i++) value[i] = -INFINITY;
     vf tops = vf_set1(-INFINITY);
-    int64_t best = 0, n = 0;
-    for (int64_t i = 0; i + VL <= V; i += VL) tops = vf_max(vf_load(value + i), tops);
+    for (int64_t i = 0; i < V; i += VL) tops = vf_max(vf_load(value + i), tops);
     float top = vf_hmax(tops);
-    for (int64_t i = V / VL * VL; i < V; i++) top = MAX(top, value[i]);
     if (top == -INFINITY) return NOT_FINITE;
     if (temperature == 0) {
+        int32_t best = 0;
         while (value[best] != top) best++;
-        return (int)best;
+        return best;
     }
-    candidates c = {.value = value, .ids = (int32_t *)(value + V)};
-    float lowest = min_p > 0 ? logf(min_p) : -103; /* e^-103 is 0 in float32 */
-    for (int64_t i = 0; i < V; i++) {
-        value[i] = (value[i] - top) / temperature;
-        if (value[i] >= lowest) c.ids[n++] = (int32_t)i;
+    candidates c = {.value = value, .p = value + padded, .ids = (int32_t *)(value + 2 * padded)};
+    float lowest = min_p > 0 ? logf(min_p) : -INFINITY;
+    for (int64_t i = 0; i < V; i += VL) {
+        vf x = (vf_load(value + i) - top) / temperature;
+        vf_store(value + i, x);
+        vf_store(c.p + i, vf_exp(x));
     }
-    c.left = n;
-    for (int64_t i = n / 2; i-- > 0;) sift_down(&c, i);
-    return draw(&c, n, top_k, top_p, uniform);
+    for (int64_t i = 0; i < V; i++)
+        if (value[i] >= lowest && c.p[i] > 0) c.ids[c.left++] = (int32_t)i;
+    return draw(&c, c.left, top_k, top_p, uniform);
 }
