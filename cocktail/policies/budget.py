@@ -158,7 +158,7 @@ class BudgetPolicy(Policy):
 
     def _notes(self, layout: Layout) -> tuple[str, ...]:
         bits = Fraction(8 * ArenaLayout(layout).context_bytes, _values(layout) or 1)
-        if not self._by_default or bits <= Fraction(DEFAULT_KV_BITS):
+        if not self._by_default or bits <= _decimal(DEFAULT_KV_BITS):
             return ()
         return (f"{float(bits):.2f} bits per value, above the usual {DEFAULT_KV_BITS}: fewer would leave this document "
                 "less than the default mix of tiers; kv_bits sets a limit",)
@@ -213,7 +213,12 @@ def _values(shape: DocumentShape) -> int:
 
 
 def _bytes_of_bits(shape: DocumentShape, bits: float) -> int:
-    return floor(Fraction(bits) * _values(shape) / 8)  # exact: a rounded product could exceed the budget by a byte
+    return floor(_decimal(bits) * _values(shape) / 8)
+
+
+def _decimal(bits: float) -> Fraction:
+    """Exactly what was written: 9.6 bits are meant, not 9.5999999999999996, which may miss a chunk by one byte."""
+    return Fraction(str(float(bits)))
 
 
 def _chunk_bytes(shape: DocumentShape, tier: Tier) -> int:

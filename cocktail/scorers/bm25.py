@@ -32,6 +32,10 @@ class Bm25Scorer:
         except KeyError:
             raise ScorerError(f"bm25 has no stemmer '{stem}'; it has {', '.join(Stemmer.algorithms())}") from None
         self._stopwords = stopwords or []
+        try:
+            self._words([""])
+        except ValueError as error:
+            raise ScorerError(f"bm25 has no stop words for {stopwords!r}: {error}") from None
 
     def score(self, chunks: Sequence[str], query: str) -> Scores:
         """All zero where the query shares no word with any chunk."""

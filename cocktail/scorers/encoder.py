@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,15 +69,24 @@ def _keeping_the_end(tokenizer: Any) -> Iterator[None]:
 
 def _load(model: str, device: str | None) -> Any:
     folder = Path(model).expanduser()
-    if not folder.is_dir() and (model.count("/") != 1 or model[0] in "./~" or folder.exists()):
-        raise ScorerError(f"scorer {model} is neither one of {', '.join(SCORERS)} nor a folder with an encoder")
+    is_folder = bool(model) and folder.is_dir()
+    if not is_folder and (model.count("/") != 1 or model[0] in "/.~" or folder.exists()):
+        raise ScorerError(f"scorer {model!r} is neither one of {', '.join(SCORERS)} nor a folder with an encoder")
     try:
-        from sentence_transformers import SentenceTransformer
+        library = import_module("sentence_transformers")
+        logging = import_module("transformers.utils.logging")
     except ImportError as error:
         raise ScorerError(f"scorer {model} needs sentence-transformers ({error}); "
                           "install it with: pip install 'cocktail-kv[encoders]'") from None
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for 0.1 s of loading would tear the caller's own output
     try:
-        return SentenceTransformer(str(folder) if folder.is_dir() else model, device=device, local_files_only=True)
+        return library.SentenceTransformer(str(folder) if is_folder else model, device=device, local_files_only=True)
     except Exception as error:  # whatever transformers, torch or safetensors raise on a damaged or missing model
-        hint = "" if folder.is_dir() else "; it is not in the local cache, so give its folder"
-        raise ScorerError(f"cannot load encoder {model}: {' '.join(str(error).split())[:200]}{hint}") from error
+        if not is_folder and isinstance(error, OSError):
+            raise ScorerError(f"encoder {model} is not in the local Hugging Face cache, and nothing is downloaded; "
+                              "give its folder") from error
+        raise ScorerError(f"cannot load encoder {model}: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,232 @@
+"""Plans: a valid one survives JSON exactly, an invalid one is refused with PlanError and nothing else."""
+
+import json
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from runtime.errors import PlanError
+from runtime.plan import FP16, HIDDEN, DocumentShape, Layout, Plan, Tier, hidden_chunks
+
+WIDTHS = st.sampled_from([2, 3, 4, 8, 16])
+TIERS = st.one_of(st.builds(Tier, WIDTHS, WIDTHS), st.just(HIDDEN))
+LINES = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    chunk = 8 * draw(st.integers(1, 32))
+    tiers = tuple(draw(st.lists(TIERS, min_size=1, max_size=26, unique=True)))
+    n = draw(st.integers(0, 40))
+    kinds = [tuple(draw(st.lists(st.integers(0, len(tiers) - 1), min_size=n, max_size=n)))
+             for _ in range(draw(st.integers(1, 3)))]
+    assignment = tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6)))
+    layout = Layout(
+        n_layers=len(assignment), n_kv_heads=draw(st.integers(1, 9)), head_dim=draw(st.integers(1, 256)), chunk=chunk,
+        n_chunks=n, prefix=draw(st.integers(0, 99)), remainder=draw(st.integers(0, chunk - 1)),
+        suffix=draw(st.integers(0, 99)), max_new=draw(st.integers(0, 99)),
+        window=draw(st.none() | st.integers(1, 5000)), tiers=tiers,
+        counts=tuple(tuple(layer.count(tier) for tier in range(len(tiers))) for layer in assignment))
+    return Plan(layout, assignment, draw(LINES), draw(LINES),
+                draw(st.none() | st.lists(FLOATS, min_size=n, max_size=n).map(tuple)),
+                tuple(draw(st.lists(LINES, max_size=2))), draw(st.none() | st.permutations(range(n)).map(tuple)))
+
+
+def small(**changes: object) -> Plan:
+    shape = DocumentShape(n_layers=3, n_kv_heads=2, head_dim=64, chunk=32, n_chunks=4, prefix=5, remainder=3, suffix=7,
+                          max_new=10, window=None)
+    layout = shape.layout((FP16, Tier(4, 4), Tier(3, 2)), (1, 1, 2))
+    return replace(Plan(layout, ((0, 2, 1, 2),) * 3, "budget", "bm25", (0.5, 0.25, 1.0, -3.0)), **changes)
+
+
+# Valid plans.
+
+@given(plans())
+def test_json_round_trip_is_exact(plan: Plan) -> None:
+    text = plan.to_json()
+    again = Plan.from_json(text)
+    assert again == plan
+    assert again.to_json() == text
+
+
+@given(plans())
+def test_order_lists_every_chunk_of_a_tier_once(plan: Plan) -> None:
+    for layer, assignment in enumerate(plan.assignment):
+        orders = [plan.order(layer, tier) for tier in range(len(plan.layout.tiers))]
+        assert [len(order) for order in orders] == list(plan.layout.counts[layer])
+        assert all(assignment[chunk] == tier for tier, order in enumerate(orders) for chunk in order)
+        if plan.permutation is None:
+            assert all(list(order) == sorted(order) for order in orders)
+        else:
+            assert all(list(order) == sorted(order, key=plan.permutation.index) for order in orders)
+
+
+def test_equal_layers_are_stored_once() -> None:
+    chunks = 4096
+    shape = replace(small().layout, n_layers=32, n_chunks=chunks, counts=((chunks, 0, 0),) * 32)
+    plan = Plan(shape, tuple(tuple([0] * chunks) for _ in range(32)), "p", "s")
+    assert len({id(layer) for layer in plan.assignment}) == 1
+    assert len(plan.to_json()) < chunks + 1000
+    again = Plan.from_json(plan.to_json())
+    assert len({id(layer) for layer in again.assignment}) == 1
+
+
+def test_table_shows_counts_widths_and_shares() -> None:
+    rows = [line.split() for line in small().table().splitlines()]
+    assert ["K3V2", "3", "2", "2", "50.0%"] in rows
+    assert ["FP16", "16", "16", "1", "25.0%"] in rows
+
+
+@given(plans())
+def test_table_counts_match_the_assignment(plan: Plan) -> None:
+    used = {tier for layer in plan.assignment for tier in layer}
+    assert len(plan.table().splitlines()) == 2 + len(used) + len(plan.notes)
+
+
+def test_token_counts() -> None:
+    layout = small().layout
+    assert layout.prompt_tokens == 5 + 4 * 32 + 3 + 7
+    assert layout.tail_capacity == 5 + 3 + 7 + 10
+    assert layout.start(2) == 5 + 2 * 32
+
+
+@pytest.mark.parametrize("tier", [Tier(3, 2), FP16, HIDDEN, Tier(2, 16)])
+def test_tier_parses_its_own_name(tier: Tier) -> None:
+    assert Tier.parse(str(tier)) == tier
+    assert Tier.parse(f"k{tier.k_bits}v{tier.v_bits}") == tier
+
+
+@given(prefix=st.integers(0, 50), chunk=st.sampled_from([8, 16, 32]), n=st.integers(0, 20), rest=st.integers(0, 60),
+       window=st.none() | st.integers(1, 400))
+@example(prefix=0, chunk=8, n=1, rest=0, window=1)  # only the token itself is visible
+@example(prefix=0, chunk=8, n=1, rest=0, window=2)  # the chunk's last token is one behind the first decoded one
+def test_hidden_chunks_are_those_no_decoded_token_sees(prefix: int, chunk: int, n: int, rest: int,
+                                                       window: int | None) -> None:
+    prompt = prefix + n * chunk + rest
+    expected = [i for i in range(n) if window is not None
+                and not any(0 <= prompt - key < window for key in range(prefix + i * chunk, prefix + (i + 1) * chunk))]
+    assert list(hidden_chunks(prefix, chunk, n, prompt, window)) == expected
+
+
+# Invalid values.
+
+@pytest.mark.parametrize("bits", [(0, 2), (2, 0), (1, 2), (5, 5), (32, 32), (True, 2), (2.0, 2), ("2", 2), (-2, 2)])
+def test_invalid_tier_is_refused(bits: tuple[object, object]) -> None:
+    with pytest.raises(PlanError, match="tier"):
+        Tier(*bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "K3", "K3V", "3V2", "K3V2 ", "K٣V2", "K99V99", "FP8", "K-3V2"])
+def test_invalid_tier_name_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="tier"):
+        Tier.parse(text)
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("chunk", 12, "chunk is 12; expected a multiple of 8"), ("chunk", 0, "chunk"), ("chunk", 264, "chunk"),
+    ("remainder", 32, "less than one chunk"), ("n_layers", 0, "n_layers"), ("n_layers", 4, "expected 4"),
+    ("n_kv_heads", True, "n_kv_heads"), ("prefix", -1, "prefix"), ("window", 0, "window"), ("window", 1.5, "window"),
+    ("n_chunks", 5, "sum to 4; expected n_chunks = 5"), ("max_new", 2**31, "max_new"), ("suffix", 2**31 - 1, "prompt"),
+    ("tiers", (FP16,), "has 3 counts; expected 1"), ("tiers", (), "at least one"), ("tiers", [FP16], "tuple of Tier"),
+    ("tiers", (FP16, FP16, Tier(4, 4)), "named once"), ("counts", ((1, 1, 2),), "1 layers; expected 3"),
+    ("counts", ((1, -1, 4),) * 3, "count of K4V4 in layer 0 is -1"), ("counts", ((1, True, 2),) * 3, "integers"),
+])
+def test_invalid_layout_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        replace(small().layout, **{field: value})
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"assignment": ((0, 2, 1, 1),) * 3}, r"\(1, 2, 1\) chunks per tier; the layout expects \(1, 1, 2\)"),
+    ({"assignment": ((0, 2, 1, 2),) * 2}, "2 layers; expected 3"),
+    ({"assignment": ((0, 2, 1),) * 3}, "3 entries; expected 4"),
+    ({"assignment": ((0, 2, 1, 3),) * 3}, "is 3; expected an integer from 0 to 2"),
+    ({"assignment": ((0, 2, True, 2),) * 3}, "expected integers"),
+    ({"assignment": [[0, 2, 1, 2]] * 3}, "one tuple per layer"),
+    ({"scores": (1.0,)}, "1 scores; expected 4"),
+    ({"scores": (float("nan"), 0.0, 0.0, 0.0)}, "score of chunk 0"),
+    ({"scores": (0.0, 0.0, 0.0, 1)}, "score of chunk 3 is 1; expected a finite float"),
+    ({"permutation": (0, 1, 2, 2)}, "twice"), ({"permutation": (0, 1, 2)}, "3 entries; expected 4"),
+    ({"policy": "two\nlines"}, "printable"), ({"scorer": "\x1b[2J"}, "printable"),
+    ({"notes": ("\ud800",)}, "printable"), ({"layout": None}, "expected a Layout"),
+])
+def test_invalid_plan_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        small(**changes)
+
+
+def test_plan_is_immutable() -> None:
+    with pytest.raises(FrozenInstanceError):
+        small().policy = "other"  # type: ignore[misc]
+
+
+def test_check_names_what_differs() -> None:
+    small().layout.check(n_layers=3, window=None)
+    with pytest.raises(PlanError, match="n_layers is 3, expected 32; window is None, expected 4096"):
+        small().layout.check(n_layers=32, n_kv_heads=2, window=4096)
+
+
+# Hostile JSON.
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+                    max_leaves=8)
+FIELDS = [f.name for f in fields(DocumentShape)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "1", "{}", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ud800",
+                                  '{"version":1,"version":1}', '{"version":true}', '{"version":2}', '{"version":1}'])
+def test_json_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json(text)
+
+
+@given(key=st.sampled_from([*json.loads(small().to_json()), *FIELDS]), value=JSON)
+@example(key="scores", value=[1e999, 0.0, 0.0, 0.0])
+@example(key="scores", value=[10**400, 0, 0, 0])
+@example(key="layers", value=[0, 0, -1])  # must not index from the end
+@example(key="n_layers", value=10**12)  # must not allocate
+@example(key="n_chunks", value=2**31 - 1)
+@example(key="assignments", value=["0²12"])
+@example(key="tiers", value=[["FP16"], {}, "K3V2"])
+@example(key="notes", value="text")
+def test_replaced_value_gives_a_plan_or_plan_error(key: str, value: object) -> None:
+    data = json.loads(small().to_json())
+    (data["shape"] if key in FIELDS else data)[key] = value
+    try:
+        plan = Plan.from_json(json.dumps(data))
+    except PlanError:
+        return
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("path", [*((key,) for key in json.loads(small().to_json())), *(("shape", f) for f in FIELDS)])
+def test_missing_and_extra_fields_are_refused(path: tuple[str, ...]) -> None:
+    data = json.loads(small().to_json())
+    inner = data["shape"] if len(path) == 2 else data
+    value = inner.pop(path[-1])
+    with pytest.raises(PlanError, match=f"lacks.*{path[-1]}" if path != ("version",) else "version"):
+        Plan.from_json(json.dumps(data))
+    inner[path[-1]] = value
+    inner["surprise"] = 1
+    with pytest.raises(PlanError, match="surprise"):
+        Plan.from_json(json.dumps(data))
+
+
+@given(data=st.data())
+def test_mutated_text_gives_a_plan_or_plan_error(data: st.DataObject) -> None:
+    text = small().to_json()
+    at, n = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 20))
+    with suppress(PlanError):
+        Plan.from_json(text[:at] + data.draw(st.text(max_size=5)) + text[at + n:])
+
+
+def test_integers_are_read_as_scores() -> None:
+    """A tool that rewrites JSON may turn 1.0 into 1."""
+    data = json.loads(small().to_json())
+    data["scores"] = [1, 0, 2, 3]
+    assert Plan.from_json(json.dumps(data)).scores == (1.0, 0.0, 2.0, 3.0)

