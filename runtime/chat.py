@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -20,8 +20,7 @@ from runtime.tokenizer import Files, Tokenizer, read_json, token_text
 
 # Stand-ins for the user's texts while the template is rendered. Private-use characters and characters that every
 # escaping rewrites: a template that alters its message loses the mark, and split_prompt() notices.
-_MARKS = {name: f'\ue000<"{name}\'&>\ue001' for name in ("system", "context", "query")}
-_MARK = re.compile("|".join(map(re.escape, _MARKS.values())))
+_MARK = re.compile("\ue000<\"([a-z0-9]+)'&>\ue001")
 T = TypeVar("T")
 
 
@@ -90,36 +89,70 @@ def split_prompt(
     if template is not None:
         layout = _render_marks(template, texts)
     else:
-        layout = "\n\n".join([_MARKS["system"]] * bool(system) + ["".join(_MARKS[n] for n in texts if n != "system")])
+        layout = "\n\n".join([_mark("system")] * bool(system) + ["".join(_mark(n) for n in texts if n != "system")])
 
-    ids: dict[str, list[int]] = {"prefix": [], "context": [], "suffix": []}
-    part, last = "prefix" if context else "suffix", None
+    parts: dict[str, list[int]] = {"prefix": [], "context": [], "suffix": []}
+    part = "prefix" if context else "suffix"
+    for name, ids in _encode(tokenizer, layout, texts):
+        parts["context" if name == "context" else part] += ids
+        part = "suffix" if name == "context" else part
+    return PromptParts(parts["prefix"], parts["context"], parts["suffix"])
+
+
+def encode_messages(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation up to where the model's next turn begins; messages of {"role", "content"}.
+
+    Special tokens are recognised in the template's own text only. Raises TokenizerError as split_prompt does.
+    """
+    texts: dict[str, str] = {}
+    marked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise TokenizerError(f"message {number} is {message!r}; expected a role and a content, both text")
+        texts[f"message{number}"] = message["content"]
+        marked.append({**message, "content": _mark(f"message{number}")})
+    layout = template.render(marked)
+    _check_marks(layout, texts)
+    return [token for _, ids in _encode(tokenizer, layout, texts) for token in ids]
+
+
+def _mark(name: str) -> str:
+    return f"\ue000<\"{name}'&>\ue001"
+
+
+def _encode(tokenizer: Tokenizer, layout: str, texts: Mapping[str, str]) -> list[tuple[str | None, list[int]]]:
+    """The layout's pieces as ids, each with its text's name (None: the template's own); BOS first where it is due."""
+    encoded: list[tuple[str | None, list[int]]] = []
+    last = None
     for name, text in _pieces(layout, texts):
         continues = last is not None and not tokenizer.is_special(last)
-        piece = tokenizer.encode(text, special=name is None, continues=continues)
-        ids["context" if name == "context" else part] += piece
-        part = "suffix" if name == "context" else part
-        last = piece[-1] if piece else last
-    first = next((part[0] for part in ids.values() if part), None)
+        ids = tokenizer.encode(text, special=name is None, continues=continues)
+        encoded.append((name, ids))
+        last = ids[-1] if ids else last
+    first = next((ids[0] for _, ids in encoded if ids), None)
     if tokenizer.adds_bos and first != tokenizer.bos_id and tokenizer.bos_id is not None:
-        ids["prefix"].insert(0, tokenizer.bos_id)
-    return PromptParts(ids["prefix"], ids["context"], ids["suffix"])
+        encoded.insert(0, (None, [tokenizer.bos_id]))
+    return encoded
 
 
 def _render_marks(template: ChatTemplate, texts: Mapping[str, str]) -> str:
-    content = "".join(_MARKS[name] for name in texts if name != "system")
+    content = "".join(_mark(name) for name in texts if name != "system")
     messages = [{"role": "user", "content": content}]
     if "system" in texts:
-        messages.insert(0, {"role": "system", "content": _MARKS["system"]})
+        messages.insert(0, {"role": "system", "content": _mark("system")})
     layout = template.render(messages)
-    found = [match[0] for match in _MARK.finditer(layout)]
-    for name in texts:
-        if (count := found.count(_MARKS[name])) != 1:
-            what = "drops or alters" if count == 0 else f"repeats ({count} times)"
-            raise TokenizerError(f"the chat template {what} the {name} text; use another template, or none")
+    _check_marks(layout, texts)
     if content and content not in layout:
         raise TokenizerError("the chat template changes the order of context and query; use another template, or none")
     return layout
+
+
+def _check_marks(layout: str, texts: Mapping[str, str]) -> None:
+    found = [match[1] for match in _MARK.finditer(layout)]
+    for name in texts:
+        if (count := found.count(name)) != 1:
+            what = "drops or alters" if count == 0 else f"repeats ({count} times)"
+            raise TokenizerError(f"the chat template {what} the {name} text; use another template, or none")
 
 
 def _pieces(layout: str, texts: Mapping[str, str]) -> list[tuple[str | None, str]]:
@@ -129,9 +162,8 @@ def _pieces(layout: str, texts: Mapping[str, str]) -> list[tuple[str | None, str
     """
     pieces: list[tuple[str | None, str]] = []
     start = 0
-    names = {mark: name for name, mark in _MARKS.items()}
     for match in _MARK.finditer(layout):
-        own, name = layout[start : match.start()], names[match[0]]
+        own, name = layout[start : match.start()], match[1]
         kept = own.removesuffix(" ")
         pieces += [(None, kept), (name, own[len(kept) :] + texts[name])]
         start = match.end()

@@ -1,0 +1,244 @@
+"""Answers: ids turned into text piece by piece, stop strings, and the statistics of one answer."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from runtime.config import ModelConfig
+from runtime.engine import Progress, Reading, read
+from runtime.errors import PromptError
+from runtime.model import Model as Engine
+from runtime.plan import HIDDEN, Plan
+from runtime.sampler import SamplingParams
+from runtime.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+FinishReason = Literal["eos", "length", "stop", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer cost. Bytes are those of the allocation, times are seconds of wall clock.
+
+    ttft_s: scoring, prefill (packing included) and the first draw. tpot_s: mean of the decode steps after it.
+    chunks: per tier, in the first layer. cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16 bits.
+    peak_memory_bytes: resident memory of the process, its maximum so far.
+    """
+
+    prompt_tokens: int
+    context_tokens: int
+    generated_tokens: int
+    ttft_s: float
+    tpot_s: float
+    score_s: float
+    prefill_s: float
+    pack_s: float
+    chunks: dict[str, int]
+    context_bits_per_value: float
+    cache_bytes: int
+    cache_fp16_bytes: int
+    weights_bytes: int
+    peak_memory_bytes: int
+    backend: str
+    kernels: dict[str, str]
+    policy: str
+    scorer: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """finish_reason: "eos", "length" (max_tokens reached), "stop" (a stop string), "interrupted" (Ctrl-C or closed)."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    plan: Plan
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one answer needs, checked before any work. plan covers all tokens of prompt."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    prompt: tuple[int, ...]
+    plan: Plan
+    sampling: SamplingParams
+    max_new: int
+    stop: tuple[str, ...] = ()
+    score_seconds: float = 0.0
+    progress: Callable[[str, int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if any(not text for text in self.stop):
+            raise PromptError("a stop string is empty; leave it out instead")
+
+
+@dataclass
+class AnswerStream:
+    """Iterate for pieces of text; `answer` holds the whole once the iteration has ended.
+
+    The prompt is read when the first piece is asked for. Ctrl-C while a piece is made, or close(), ends the answer
+    with what was generated so far.
+    """
+
+    job: Job
+    _pieces: Iterator[str] = field(init=False, repr=False)
+    _answer: Answer | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._reading: Reading | None = None
+        self._first_at = 0.0
+        self._begin = time.perf_counter()
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the answer here; `answer` then holds what there is."""
+        if self._answer is None:
+            self._finish("interrupted")
+        self._pieces = iter(())
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; what is left of it is generated first."""
+        for _ in self:
+            pass
+        if self._answer is None:
+            raise PromptError("this answer ended with an error; there is nothing to return")
+        return self._answer
+
+    def _run(self) -> Iterator[str]:
+        job, reason = self.job, "length"
+        decoder, stops = job.tokenizer.stream(), StopStrings(job.stop)
+        try:
+            progress: Progress | None = None
+            if job.progress is not None:
+                report = job.progress
+
+                def progress(done: int, total: int) -> None:
+                    report("prefill", done, total)
+            self._begin = time.perf_counter()
+            self._reading = read(job.engine, job.prompt, [job.plan], progress)
+            eos = frozenset(job.tokenizer.eos_ids) | frozenset(job.engine.config.eos_ids)
+            for token in self._reading.generate(job.sampling, job.max_new, eos):
+                if not self._ids:
+                    self._first_at = time.perf_counter()
+                self._ids.append(token)
+                if token in eos:
+                    reason = "eos"
+                    break
+                if piece := stops.push(decoder.push(token)):
+                    self._text.append(piece)
+                    yield piece
+                if stops.found:
+                    reason = "stop"
+                    break
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        if rest := stops.push(decoder.finish()) + stops.finish():
+            self._text.append(rest)
+            yield rest
+        self._finish("stop" if stops.found else reason)  # type: ignore[arg-type]
+
+    def _finish(self, reason: FinishReason) -> None:
+        job, timing = self.job, self._reading.timing if self._reading else None
+        layout, sizes = job.plan.layout, plan_sizes(job.plan)
+        self._answer = Answer("".join(self._text), tuple(self._ids), reason, job.plan, Stats(
+            prompt_tokens=len(job.prompt),
+            context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
+            generated_tokens=len(self._ids),
+            ttft_s=job.score_seconds + max(self._first_at - self._begin, 0.0),
+            tpot_s=timing.per_token if timing else 0.0,
+            score_s=job.score_seconds,
+            prefill_s=timing.prefill if timing else 0.0,
+            pack_s=timing.pack if timing else 0.0,
+            weights_bytes=job.engine.weights.nbytes,
+            peak_memory_bytes=peak_memory(),
+            backend=job.engine.backend.name,
+            kernels=job.engine.backend.kernels(),
+            policy=job.plan.policy, scorer=job.plan.scorer, **sizes))
+
+
+class StopStrings:
+    """Passes text on except from the first stop string; holds back what may become the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is safe to show; after a stop string has been found, nothing."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = max((length for stop in self._stops for length in range(1, len(stop))
+                       if text.endswith(stop[:length])), default=0)
+        self._held = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+    def finish(self) -> str:
+        """What was held back and turned out to be ordinary text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def check_positions(config: ModelConfig, prompt_tokens: int, max_tokens: int | None) -> int:
+    """How many tokens may be generated: max_tokens, or up to 256 where the caller left it open.
+
+    Raises PromptError where prompt and answer exceed the positions that the model was made for. Dynamic NTK scaling
+    has no such limit: its frequencies follow the length.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise PromptError(f"max_tokens is {max_tokens}; expected at least 1")
+    if prompt_tokens < 1:
+        raise PromptError("the prompt is empty; give a context, a query or both")
+    if config.rope.kind == "dynamic":
+        return max_tokens or DEFAULT_MAX_TOKENS
+    room = config.max_positions - prompt_tokens
+    if room < (max_tokens or 1):
+        raise PromptError(f"the prompt has {prompt_tokens} tokens and {max_tokens or 1} are to be generated, but the "
+                          f"model has {config.max_positions} positions; shorten the context or lower max_tokens")
+    return max_tokens or min(DEFAULT_MAX_TOKENS, room)
+
+
+def plan_sizes(plan: Plan) -> dict[str, Any]:
+    """chunks per tier (of the first layer), bits per context value, bytes of the arena and of the same at FP16."""
+    from runtime.arena import ArenaLayout
+
+    sizes = ArenaLayout(plan.layout)
+    counts = plan.layout.counts[0]
+    return {
+        "chunks": {"not stored" if tier == HIDDEN else str(tier): n
+                   for tier, n in zip(plan.layout.tiers, counts, strict=True) if n},
+        "context_bits_per_value": sizes.context_bits_per_value,
+        "cache_bytes": sizes.nbytes,
+        "cache_fp16_bytes": sizes.fp16_bytes,
+    }
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes (macOS reports bytes, Linux KiB)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

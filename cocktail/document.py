@@ -1,0 +1,197 @@
+"""A document to ask about: its chunks, plans for a question, answers, and comparisons of plans.
+
+The context is tokenized apart from the chat header before it and the question behind it, so its ids and its chunks
+never depend on the question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from cocktail.answer import Answer, AnswerStream, Job, check_positions, plan_sizes
+from cocktail.chunks import cut
+from cocktail.policies import Policy, default_query, load_policy
+from cocktail.scorers import Scorer, load_scorer
+from runtime.arena import ArenaLayout
+from runtime.chat import split_prompt
+from runtime.engine import Reading, read
+from runtime.errors import PlanError, PromptError
+from runtime.plan import DocumentShape, Plan
+from runtime.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from cocktail.model import Model
+
+ProgressReport = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One plan's side of Document.compare.
+
+    ids, text: its own greedy answer. logits: (len(answer_ids), V) float32, teacher-forced along the common answer;
+    row 0 is the exact prefill's.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    logits: npt.NDArray[np.float32]
+    arena_bytes: int
+    context_bits_per_value: float
+
+
+class Document:
+    """What Model.read returns. Every question reads the whole prompt anew, so no question hurts another."""
+
+    def __init__(self, model: Model, context: str, chunk: int = 32, system: str | None = None):
+        if not context:
+            raise PromptError("the context is empty; give a document or use generate")
+        self.model = model
+        self.chunk = chunk
+        self.system = system
+        parts = split_prompt(model.tokenizer, model.template, context, "", system)
+        self.prefix_ids, self.context_ids = tuple(parts.prefix_ids), tuple(parts.context_ids)
+        _, self.chunk_texts, self.remainder = cut(model.tokenizer, self.context_ids, chunk)
+        self._scorers: dict[str, Scorer] = {}
+
+    @property
+    def n_chunks(self) -> int:
+        return len(self.chunk_texts)
+
+    def prompt(self, query: str) -> tuple[int, ...]:
+        """All ids for a question: prefix, context, suffix."""
+        return (*self.prefix_ids, *self.context_ids, *self._suffix(query))
+
+    def shape(self, query: str, max_tokens: int | None = None) -> DocumentShape:
+        """The prompt's sizes for a question. Raises PromptError where it exceeds the model's positions."""
+        config, prefix, suffix = self.model.config, len(self.prefix_ids), len(self._suffix(query))
+        length = prefix + len(self.context_ids) + suffix
+        return DocumentShape(
+            n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, chunk=self.chunk,
+            n_chunks=self.n_chunks, prefix=prefix, remainder=self.remainder, suffix=suffix,
+            max_new=check_positions(config, length, max_tokens), window=config.sliding_window)
+
+    def plan(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+             max_tokens: int | None = None, **options: Any) -> Plan:
+        """Which chunk keeps how many bits for this question. options go to the policy (kv_bits, alpha, sink, ...)."""
+        return self._plan(query, policy, scorer, max_tokens, None, options)[0]
+
+    @overload
+    def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
+            stop: Sequence[str] = (), stream: Literal[False] = False, progress: ProgressReport | None = None,
+            **options: Any) -> Answer: ...
+
+    @overload
+    def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
+            stop: Sequence[str] = (), stream: Literal[True], progress: ProgressReport | None = None,
+            **options: Any) -> AnswerStream: ...
+
+    def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
+            stop: Sequence[str] = (), stream: bool = False, progress: ProgressReport | None = None,
+            **options: Any) -> Answer | AnswerStream:
+        """Answer a question about the document.
+
+        policy, scorer, options: see plan(); plan: one made before, instead. max_tokens: None for up to 256.
+        progress(stage, done, total) reports "score" and "prefill". stream=True returns an AnswerStream: iterate it
+        for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done.
+        """
+        seconds = 0.0
+        if plan is None:
+            plan, seconds = self._plan(query, policy, scorer, max_tokens, progress, options)
+        elif options:
+            raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
+        max_new = plan.layout.max_new if max_tokens is None else max_tokens
+        self._check_plan(plan, query, max_new)
+        answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), plan,
+                                  sampling or SamplingParams(), max_new, tuple(stop), seconds, progress))
+        return answer if stream else answer.answer
+
+    def logits(self, query: str, answer_ids: Sequence[int], *, plan: Plan | None = None,
+               **options: Any) -> npt.NDArray[np.float32]:
+        """Teacher forcing over a mixed cache: (len(answer_ids), V) float32; row i predicts answer_ids[i].
+
+        Row 0 is the exact prefill's (the paper's order of work). options as for plan().
+        """
+        if plan is None:
+            plan = self.plan(query, max_tokens=max(len(answer_ids), 1), **options)
+        return self._read(query, [plan]).force(answer_ids)
+
+    def compare(self, query: str, plans: Mapping[str, Plan], *, answer_ids: Sequence[int] | None = None,
+                max_tokens: int = 64, progress: ProgressReport | None = None) -> dict[str, Comparison]:
+        """Run several plans over one prefill of the same prompt.
+
+        answer_ids: the answer along which every plan is teacher-forced; None for the greedy one of the plan named
+        "fp16", which must then be there.
+        """
+        if answer_ids is None and "fp16" not in plans:
+            raise PlanError("compare needs answer_ids or a plan named 'fp16' whose answer is the reference")
+        reading = self._read(query, list(plans.values()), progress)
+        eos = frozenset(self.model.tokenizer.eos_ids) | frozenset(self.model.config.eos_ids)
+        names = list(plans)
+        own = [tuple(reading.generate(SamplingParams(), max_tokens, eos, cache)) for cache in range(len(names))]
+        common = own[names.index("fp16")] if answer_ids is None else tuple(answer_ids)
+        return {name: Comparison(own[i], self.model.tokenizer.decode(own[i]), reading.force(common, i),
+                                 reading.caches[i].sizes.nbytes, reading.caches[i].sizes.context_bits_per_value)
+                for i, name in enumerate(names)}
+
+    def _plan(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
+              progress: ProgressReport | None, options: Mapping[str, Any]) -> tuple[Plan, float]:
+        """The plan and the seconds that scoring took."""
+        chosen = load_policy(policy, **options) if isinstance(policy, str) else policy
+        shape = self.shape(query, max_tokens)
+        begin = time.perf_counter()
+        scores = None
+        name = "none"
+        if chosen.uses_scores:
+            judge = self._scorer(scorer)
+            name = judge.name
+            if progress is not None:
+                progress("score", 0, 1)
+            scores = judge.score(self.chunk_texts, query.strip() or default_query(self.system, self._last_text()))
+            if progress is not None:
+                progress("score", 1, 1)
+        seconds = time.perf_counter() - begin
+        return chosen.plan(shape, scores, scorer=name), seconds
+
+    def _read(self, query: str, plans: Sequence[Plan], progress: ProgressReport | None = None) -> Reading:
+        for plan in plans:
+            self._check_plan(plan, query, plan.layout.max_new)
+        report = None if progress is None else lambda done, total: progress("prefill", done, total)
+        return read(self.model.engine, self.prompt(query), plans, report)
+
+    def _check_plan(self, plan: Plan, query: str, max_new: int) -> None:
+        shape = self.shape(query, max_new)
+        plan.layout.check(chunk=shape.chunk, n_chunks=shape.n_chunks, prefix=shape.prefix, remainder=shape.remainder,
+                          suffix=shape.suffix)
+        if max_new > plan.layout.max_new:
+            raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {plan.layout.max_new}")
+
+    def _suffix(self, query: str) -> list[int]:
+        # Any context gives the same suffix: it is tokenized apart. A letter spares tokenizing the document again.
+        return split_prompt(self.model.tokenizer, self.model.template, "x", query, self.system).suffix_ids
+
+    def _scorer(self, scorer: str | Scorer) -> Scorer:
+        if not isinstance(scorer, str):
+            return scorer
+        if scorer not in self._scorers:
+            self._scorers[scorer] = load_scorer(scorer)
+        return self._scorers[scorer]
+
+    def _last_text(self) -> str:
+        return self.model.tokenizer.decode(self.context_ids[-64:])
+
+
+def plan_stats(plan: Plan) -> dict[str, Any]:
+    """bpv: bits per context value; cache_bytes: the arena; fp16_bytes: the same tokens at 16 bits; chunks per tier."""
+    sizes = plan_sizes(plan)
+    return {"bpv": ArenaLayout(plan.layout).context_bits_per_value, "cache_bytes": sizes["cache_bytes"],
+            "fp16_bytes": sizes["cache_fp16_bytes"], "chunks": sizes["chunks"]}

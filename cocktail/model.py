@@ -1,0 +1,103 @@
+"""A loaded model: reads documents, completes prompts, chats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+from cocktail.answer import Answer, AnswerStream, Job, check_positions
+from cocktail.document import Document
+from runtime.backend import Backend, load_backend
+from runtime.chat import ChatTemplate, encode_messages
+from runtime.checkpoint import Checkpoint
+from runtime.config import ModelConfig
+from runtime.errors import PromptError, TokenizerError
+from runtime.model import Model as Engine
+from runtime.plan import FP16, DocumentShape, Plan
+from runtime.sampler import SamplingParams
+from runtime.tokenizer import Tokenizer
+from runtime.weights import load_weights
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+def load(path: str | Path, *, backend: str = "auto", threads: int | None = None) -> Model:
+    """Load a .safetensors file, a sharded index or a Hugging Face folder.
+
+    backend: "auto", "cpu" or "cuda". threads: of the CPU backend, None for a measured choice. Raises CheckpointError,
+    TokenizerError, BackendError, OutOfMemory.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if tokenizer.vocab_size > checkpoint.config.vocab_size:
+            raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
+                                 f"{checkpoint.config.vocab_size}; they do not belong together")
+        template = ChatTemplate.from_checkpoint(checkpoint)
+        chosen = load_backend(backend, threads)
+        weights = load_weights(checkpoint, chosen)
+        return Model(Engine(checkpoint.config, weights, chosen), tokenizer, template)
+
+
+class Model:
+    """What `load` returns. Reading a document or generating keeps no state in it."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.template = template
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.config
+
+    @property
+    def backend(self) -> Backend:
+        return self.engine.backend
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.engine.weights.nbytes
+
+    def read(self, context: str, *, chunk: int = 32, system: str | None = None) -> Document:
+        """A document to ask about, cut into chunks of `chunk` tokens. Raises PromptError, PlanError."""
+        return Document(self, context, chunk, system)
+
+    @overload
+    def generate(self, prompt: str | Sequence[Message], *, max_tokens: int | None = None,
+                 sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: Literal[False] = False,
+                 progress: Callable[[str, int, int], None] | None = None, raw: bool = False) -> Answer: ...
+
+    @overload
+    def generate(self, prompt: str | Sequence[Message], *, max_tokens: int | None = None,
+                 sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: Literal[True],
+                 progress: Callable[[str, int, int], None] | None = None, raw: bool = False) -> AnswerStream: ...
+
+    def generate(self, prompt: str | Sequence[Message], *, max_tokens: int | None = None,
+                 sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: bool = False,
+                 progress: Callable[[str, int, int], None] | None = None, raw: bool = False) -> Answer | AnswerStream:
+        """Answer a prompt without a document; the cache is FP16.
+
+        prompt: one user turn, or chat messages, rendered by the model's chat template; raw=True, or a model without a
+        template, completes the text as it stands. Raises PromptError where it does not fit the model's positions.
+        """
+        ids = tuple(self._prompt_ids(prompt, raw))
+        max_new = check_positions(self.config, len(ids), max_tokens)
+        shape = DocumentShape(n_layers=self.config.n_layers, n_kv_heads=self.config.n_kv_heads,
+                              head_dim=self.config.head_dim, chunk=32, n_chunks=0, prefix=len(ids), remainder=0,
+                              suffix=0, max_new=max_new, window=self.config.sliding_window)
+        plan = Plan(shape.layout([FP16], [0]), ((),) * self.config.n_layers, policy="fp16", scorer="none")
+        answer = AnswerStream(Job(self.engine, self.tokenizer, ids, plan, sampling or SamplingParams(), max_new,
+                                  tuple(stop), progress=progress))
+        return answer if stream else answer.answer
+
+    def _prompt_ids(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        if raw or (self.template is None and isinstance(prompt, str)):
+            if not isinstance(prompt, str):
+                raise PromptError("raw completion takes one text, not chat messages")
+            begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
+            return begin + self.tokenizer.encode(prompt)
+        if self.template is None:
+            raise PromptError("this model has no chat template; give one text instead of chat messages")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return encode_messages(self.tokenizer, self.template, messages)
