@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import PlanError
@@ -45,6 +45,7 @@ def small(**changes: object) -> Plan:
 
 # Valid plans.
 
+@settings(deadline=None)
 @given(plans())
 def test_json_round_trip_is_exact(plan: Plan) -> None:
     text = plan.to_json()
@@ -53,6 +54,7 @@ def test_json_round_trip_is_exact(plan: Plan) -> None:
     assert again.to_json() == text
 
 
+@settings(deadline=None)
 @given(plans())
 def test_order_lists_every_chunk_of_a_tier_once(plan: Plan) -> None:
     for layer, assignment in enumerate(plan.assignment):
@@ -81,6 +83,7 @@ def test_table_shows_counts_widths_and_shares() -> None:
     assert ["FP16", "16", "16", "1", "25.0%"] in rows
 
 
+@settings(deadline=None)
 @given(plans())
 def test_table_counts_match_the_assignment(plan: Plan) -> None:
     used = {tier for layer in plan.assignment for tier in layer}
@@ -100,6 +103,7 @@ def test_tier_parses_its_own_name(tier: Tier) -> None:
     assert Tier.parse(f"k{tier.k_bits}v{tier.v_bits}") == tier
 
 
+@settings(deadline=None)
 @given(prefix=st.integers(0, 50), chunk=st.sampled_from([8, 16, 32]), n=st.integers(0, 20), rest=st.integers(0, 60),
        window=st.none() | st.integers(1, 400))
 @example(prefix=0, chunk=8, n=1, rest=0, window=1)  # only the token itself is visible
@@ -185,6 +189,7 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         Plan.from_json(text)
 
 
+@settings(deadline=None)
 @given(key=st.sampled_from([*json.loads(small().to_json()), *FIELDS]), value=JSON)
 @example(key="scores", value=[1e999, 0.0, 0.0, 0.0])
 @example(key="scores", value=[10**400, 0, 0, 0])
@@ -217,6 +222,7 @@ def test_missing_and_extra_fields_are_refused(path: tuple[str, ...]) -> None:
         Plan.from_json(json.dumps(data))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_mutated_text_gives_a_plan_or_plan_error(data: st.DataObject) -> None:
     text = small().to_json()

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cocktail.policies import Policy, default_query, load_policy
@@ -58,6 +58,7 @@ def scored_shapes(draw: st.DrawFn) -> tuple[DocumentShape, np.ndarray]:
 
 # All policies.
 
+@settings(deadline=None)
 @given(scored=scored_shapes(), sink=SINKS)
 @pytest.mark.parametrize("name", ["fp16", "cocktail", "budget"])
 def test_sink_is_fp16_and_only_hidden_chunks_are_not_stored(name: str, scored: tuple[DocumentShape, np.ndarray],
@@ -72,6 +73,7 @@ def test_sink_is_fp16_and_only_hidden_chunks_are_not_stored(name: str, scored: t
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@settings(deadline=None)
 @given(scored=scored_shapes())
 @pytest.mark.parametrize("name", ["cocktail", "budget"])
 def test_higher_scores_never_get_fewer_bits(name: str, scored: tuple[DocumentShape, np.ndarray]) -> None:
@@ -197,6 +199,7 @@ def budget(**options: object) -> Policy:
 BITS = st.floats(2, 20) | st.sampled_from([3.0, 3.3, 16.0])
 
 
+@settings(deadline=None)
 @given(scored=scored_shapes(), bits=BITS, sink=SINKS)
 @example(scored=(shape_of(1, chunk=40, head_dim=4, heads=2, layers=1), np.zeros(1, np.float32)), bits=2, sink=0)  # 9.6
 def test_bits_are_never_exceeded(scored: tuple[DocumentShape, np.ndarray], bits: float, sink: int) -> None:
@@ -212,6 +215,7 @@ def test_bits_are_never_exceeded(scored: tuple[DocumentShape, np.ndarray], bits:
         assert bits_per_value(plan) <= Fraction(str(bits))
 
 
+@settings(deadline=None)
 @given(scored=scored_shapes(), nbytes=st.integers(1, 3_000_000), sink=SINKS)
 def test_bytes_of_the_whole_arena_are_never_exceeded(scored: tuple[DocumentShape, np.ndarray], nbytes: int,
                                                      sink: int) -> None:
@@ -226,6 +230,7 @@ def test_bytes_of_the_whole_arena_are_never_exceeded(scored: tuple[DocumentShape
         assert ArenaLayout(plan.layout).nbytes <= nbytes
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, bits=BITS, sink=SINKS)
 @example(shape=shape_of(50), bits=3.3, sink=1)
 def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShape, bits: float, sink: int) -> None:
@@ -247,6 +252,7 @@ def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShap
     assert max(upgraded) * 8 > Fraction(str(bits)) * values
 
 
+@settings(deadline=None)
 @given(scored=scored_shapes(), bits=st.tuples(BITS, BITS).map(sorted), sink=SINKS,
        tiers=st.sets(st.sampled_from(LADDER), min_size=1).map(lambda t: tuple(sorted(t, key=LADDER.index))))
 @example(scored=(shape_of(30, chunk=8, head_dim=4), np.zeros(30, np.float32)), bits=[5.0, 5.5], sink=0, tiers=LADDER)

@@ -50,7 +50,7 @@ def hybrid() -> Scorer:
 
 # All scorers.
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(chunks=st.lists(st.text(max_size=30), max_size=5), query=st.text(max_size=30))
 @pytest.mark.parametrize("name", ["bm25", "random", "none", "encoder", "hybrid"])
 def test_scores_are_finite_and_reproducible(name: str, encoder: Scorer, hybrid: Scorer, chunks: list[str],
@@ -76,6 +76,7 @@ def test_unknown_option_is_refused() -> None:
         load_scorer("bm25", stemmer="english")
 
 
+@settings(deadline=None)
 @given(scores=st.lists(st.floats(width=32), max_size=8))
 def test_finite_scores_puts_nan_lowest(scores: list[float]) -> None:
     finite = [score for score in scores if np.isfinite(score)]
@@ -229,6 +230,7 @@ def test_hybrid_is_the_encoder_alone_where_no_word_matches(encoder: Scorer, hybr
     assert hybrid.score(CHUNKS, query) == pytest.approx(z_scores(encoder.score(CHUNKS, query)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), max_size=20).map(lambda x: np.array(x, np.float32)))
 def test_z_scores_keep_the_order_and_constant_scores_give_zeros(scores: np.ndarray) -> None:
     z = z_scores(scores)
@@ -257,6 +259,7 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=80), size=st.sampled_from([8, 16]))
 def test_chunks_cover_the_context(text: str, size: int) -> None:
     ids = text.encode()
