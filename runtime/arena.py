@@ -64,9 +64,14 @@ class ArenaLayout:
 
     @cached_property
     def context_bits_per_value(self) -> float:
-        """bpv: context bytes x 8 / context values (the sink's chunk in, the tail out); 16 where there is no chunk."""
+        """bpv: context bytes x 8 / context values, the sink's chunk in, the tail out; 16 where no chunk is stored.
+
+        Chunks that a sliding window hides count on neither side.
+        """
         layout = self.layout
-        values = 2 * layout.n_layers * layout.n_kv_heads * layout.head_dim * layout.n_chunks * layout.chunk
+        stored = sum(count for counts in layout.counts
+                     for tier, count in zip(layout.tiers, counts, strict=True) if tier.k_bits)
+        values = 2 * layout.n_kv_heads * layout.head_dim * layout.chunk * stored
         return 8 * self.context_bytes / values if values else 16.0
 
     @cached_property
