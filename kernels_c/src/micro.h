@@ -1,11 +1,11 @@
 /* The register-blocked product behind every matrix-matrix operation, and the transposition that feeds it. */
 
 #if defined(ISA_AVX512)
-#define MR 12 /* rows of a tile: MR * NV accumulators, NV columns and a broadcast fill the registers */
+#define MR 12 /* rows of a tile, at most VL: MR * NV accumulators, NV columns and a broadcast fill the registers */
 #elif defined(ISA_AVX2)
 #define MR 6
 #else
-#define MR 6
+#define MR 4
 #endif
 #define NV 2 /* vectors across a tile */
 #define NR (NV * VL)

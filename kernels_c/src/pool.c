@@ -131,6 +131,7 @@ void pool_stream(void (*task)(void *, int64_t), void *ctx, int64_t n) { run(task
 
 void *scratch(enum scratch_slot slot, size_t nbytes) {
     static _Thread_local struct { void *data; size_t size; } slots[SCRATCH_SLOTS];
+    nbytes = MAX(nbytes, 1); /* so that NULL always means that memory is out */
     if (slots[slot].size < nbytes) {
         free(slots[slot].data);
         size_t size = (nbytes + 4095) / 4096 * 4096;

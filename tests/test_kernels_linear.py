@@ -1,0 +1,288 @@
+"""Linear layers, norms, RoPE and the embedding on every instruction set, against plain float64 NumPy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_c import CpuBackend, KernelError, available_isas
+
+EPS = 2.0**-24  # float32's unit roundoff
+ISAS = available_isas()
+BACKENDS = {isa: CpuBackend(threads=1, isa=isa) for isa in ISAS}
+GUARD = 64  # elements of canary on either side of an output
+
+dtypes = st.sampled_from(["F32", "F16", "BF16"])
+rows = st.one_of(st.integers(1, 14), st.sampled_from([24, 37, 100]))
+sizes = st.one_of(st.integers(1, 70), st.sampled_from([96, 160, 576]))
+
+
+class Guarded:
+    """An output filled with NaN between two guard bands, which check() proves untouched."""
+
+    def __init__(self, shape, dtype=np.float32, fill=None):
+        n = int(np.prod(shape))
+        self.whole = np.full(n + 2 * GUARD, np.nan, dtype)
+        self.array = self.whole[GUARD : GUARD + n].reshape(shape)
+        if fill is not None:
+            self.array[...] = fill
+
+    def check(self):
+        assert np.isnan(self.whole[:GUARD]).all() and np.isnan(self.whole[-GUARD:]).all(), "wrote outside the output"
+        return np.asarray(self.array, np.float64)
+
+
+def stored(rng, shape, dtype, scale=1.0):
+    """(array as stored, its exact float64 values) for random weights of one dtype."""
+    values = (rng.standard_normal(shape) * scale).astype(np.float32)
+    if dtype == "BF16":
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    data = values.astype(np.float16 if dtype == "F16" else np.float32)
+    return data, data.astype(np.float64)
+
+
+def unaligned(data):
+    """The same matrix at an odd address, as a mapped file may have it."""
+    raw = np.zeros(data.nbytes + 1, np.uint8)
+    raw[1:] = data.view(np.uint8).ravel()
+    return raw[1:].view(data.dtype).reshape(data.shape)
+
+
+def hostile(rng, shape):
+    """Activations with outliers, zeros and denormals among ordinary values."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    kind = rng.integers(0, 40, shape)
+    x[kind == 0] = 1e4
+    x[kind == 1] = -1e4
+    x[kind == 2] = 0
+    x[kind == 3] = 1e-40
+    return x
+
+
+def norm64(x, weight, eps):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(np.float64)
+
+
+def dot_bound(n, a, b):
+    """|error| of a float32 dot product of length n in any order: roundings walk at random, so 4 sqrt(n) of them."""
+    return 4 * (np.sqrt(n) + 4) * EPS * (np.abs(a) @ np.abs(b)) + 1e-37
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(T=rows, K=sizes, N=sizes, dtype=dtypes, bias=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_linear_add(isa, T, K, N, dtype, bias, seed):
+    rng = np.random.default_rng(seed)
+    data, w = stored(rng, (N, K), dtype)
+    h, x0, b = hostile(rng, (T, K)), hostile(rng, (T, N)), rng.standard_normal(N).astype(np.float32)
+    x = Guarded((T, N), fill=x0)
+    BACKENDS[isa].linear_add(h, BACKENDS[isa].matrix(unaligned(data), dtype), b if bias else None, x.array)
+    expected = h.astype(np.float64) @ w.T + x0 + (b if bias else 0)
+    bound = dot_bound(K, h.astype(np.float64), w.T) + 4 * EPS * (np.abs(expected) + np.abs(x0) + np.abs(b))
+    assert (np.abs(x.check() - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(T=rows, E=sizes, V=sizes, dtype=dtypes, seed=st.integers(0, 2**32 - 1))
+def test_logits(isa, T, E, V, dtype, seed):
+    rng = np.random.default_rng(seed)
+    data, w = stored(rng, (V, E), dtype)
+    x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
+    out = Guarded((T, V))
+    BACKENDS[isa].logits(x, norm, 1e-5, BACKENDS[isa].matrix(data, dtype), out.array)
+    normed = norm64(x, norm, 1e-5)
+    bound = 2 * dot_bound(E, normed, w.T)  # once for the products, once for the norm
+    assert (np.abs(out.check() - normed @ w.T) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(T=rows, E=sizes, I=sizes, gate=dtypes, up=dtypes, bias=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_gate_up(isa, T, E, I, gate, up, bias, seed):  # noqa: E741
+    rng = np.random.default_rng(seed)
+    (g_data, g), (u_data, u) = stored(rng, (I, E), gate), stored(rng, (I, E), up)
+    x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
+    gb, ub = (rng.standard_normal(I).astype(np.float32) if bias else None for _ in range(2))
+    out, backend = Guarded((T, I)), BACKENDS[isa]
+    backend.gate_up(x, norm, 1e-5, backend.matrix(g_data, gate), backend.matrix(u_data, up), gb, ub, out.array)
+    n = norm64(x, norm, 1e-5)
+    a, b = n @ g.T + (0 if gb is None else gb), n @ u.T + (0 if ub is None else ub)
+    sigmoid = 0.5 * (1 + np.tanh(a / 2))
+    # silu is 1.1-Lipschitz; exp adds a few units to the quotient; each factor carries its dot product's error.
+    da, db = (2 * dot_bound(E, n, w.T) + 4 * EPS * np.abs(y) + 4 * EPS for w, y in ((g, a), (u, b)))
+    bound = 1.1 * da * (np.abs(b) + db) + np.abs(a * sigmoid) * db + 16 * EPS * np.abs(a * b) + 1e-30
+    assert (np.abs(out.check() - a * sigmoid * b) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(
+    T=rows,
+    E=sizes,
+    G=st.integers(1, 3),
+    group=st.integers(1, 4),
+    D=st.sampled_from([8, 24, 64, 80, 128, 256]),
+    dtype=dtypes,
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-6, 3e5]),  # K and V among FP16's subnormals, and beyond its range
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_qkv(isa, T, E, G, group, D, dtype, bias, scale, seed):
+    rng, backend, H = np.random.default_rng(seed), BACKENDS[isa], G * group
+    (q_data, wq), (k_data, wk), (v_data, wv) = (stored(rng, (n * D, E), dtype) for n in (H, G, G))
+    x, norm = hostile(rng, (T, E)), (rng.standard_normal(E) * scale).astype(np.float32)
+    biases = [rng.standard_normal(n * D).astype(np.float32) if bias else None for n in (H, G, G)]
+    P, S = T + 9, T + 5
+    angles = rng.uniform(-3, 3, (P, D // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions, slots = (rng.permutation(n)[:T].astype(np.int32) for n in (P, S))
+    q, k, v = Guarded((T, H, D)), Guarded((G, S, D), np.float16), Guarded((G, S, D), np.float16)
+    weights = (backend.matrix(data, dtype) for data in (q_data, k_data, v_data))
+    backend.qkv(x, norm, 1e-5, *weights, *biases, cos, sin, positions, slots, q.array, k.array, v.array)
+
+    n = norm64(x, norm, 1e-5)
+    c, s = (np.tile(table[positions].astype(np.float64), 2)[:, None] for table in (cos, sin))
+
+    def project(w, b):
+        y = n @ w.T + (0 if b is None else b)
+        error = 2 * dot_bound(E, n, w.T) + 4 * EPS * np.abs(y)
+        return y.reshape(T, -1, D), error.reshape(T, -1, D)
+
+    def turn(y, error):
+        half = np.concatenate([-y[..., D // 2 :], y[..., : D // 2]], -1)
+        half_error = np.concatenate([error[..., D // 2 :], error[..., : D // 2]], -1)
+        return y * c + half * s, error + half_error + 4 * EPS * (np.abs(y) + np.abs(half))
+
+    expected, bound = turn(*project(wq, biases[0]))
+    assert (np.abs(q.check() - expected) <= bound).all()
+    for cache, (expected, bound) in ((k, turn(*project(wk, biases[1]))), (v, project(wv, biases[2]))):
+        got = cache.check()
+        unwritten = np.setdiff1d(np.arange(S), slots)
+        assert np.isnan(got[:, unwritten]).all(), "wrote a slot that is not in slots"
+        expected = np.clip(expected, -65504, 65504).swapaxes(0, 1)
+        rounding = np.maximum(2.0**-11 * (np.abs(expected) + bound.swapaxes(0, 1)), 2.0**-25)  # FP16, subnormals
+        assert (np.abs(got[:, slots] - expected) <= bound.swapaxes(0, 1) + rounding).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_half_survives_embedding_and_store(isa):
+    """All 65536 halves widen exactly; all finite ones come back from the FP16 store unchanged, others clamped."""
+    backend = BACKENDS[isa]
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    out = backend.empty((256, 256), np.float32)
+    ids = backend.upload(np.arange(256, dtype=np.int32))
+    backend.embed(ids, backend.matrix(halves, "F16"), out)
+    wide = halves.astype(np.float32)
+    assert np.array_equal(out, wide, equal_nan=True)
+    bits = out.view(np.uint32)[~np.isnan(out)]
+    assert np.array_equal(bits, wide.view(np.uint32)[~np.isnan(wide)]), "a sign of zero was lost"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
+def test_half_store_rounds_to_nearest_even(isa, bits):
+    """A 1 x 1 value weight of 1 passes any float32 to the V cache: it must round as NumPy does, after the clamp."""
+    values = np.array(bits, np.uint32).view(np.float32)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    assert_store(BACKENDS[isa], values)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_half_store_at_ties_and_edges(isa):
+    halves = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    ties = ((halves[1:] + halves[:-1]) / 2).astype(np.float32)
+    near = [ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(0)), halves.astype(np.float32)]
+    edges = np.array([65504, 65519.99, 65520, 65536, 1e38, 2.0**-25, 2.0**-24, 2.0**-149, 0], np.float32)
+    values = np.concatenate([*near, edges])
+    assert_store(BACKENDS[isa], np.concatenate([values, -values]))
+
+
+def assert_store(backend, values):
+    """V = bias exactly where the weights are zero, so the bias is the value that is stored."""
+    D = 8
+    padded = np.resize(values, (len(values) + D - 1) // D * D)
+    G = len(padded) // D
+    zero = backend.matrix(np.zeros((G * D, 1), np.float32), "F32")
+    table, index = np.ones((1, D // 2), np.float32), np.zeros(1, np.int32)
+    q, k, v = np.empty((1, G, D), np.float32), *(np.empty((G, 1, D), np.float16) for _ in range(2))
+    one = np.ones((1, 1), np.float32)
+    backend.qkv(one, one[0], 1e-5, zero, zero, zero, None, None, padded, table, table, index, index, q, k, v)
+    expected = np.clip(padded, -65504, 65504).astype(np.float16)
+    assert np.array_equal(v.ravel(), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("T", [1, 3, 13, 50])
+def test_threads_change_no_bit(isa, T):
+    rng = np.random.default_rng(T)
+    x, norm = rng.standard_normal((T, 100)).astype(np.float32), np.ones(100, np.float32)
+    data = rng.standard_normal((9000, 100)).astype(np.float16)
+    results = []
+    for threads in (1, 2, 5, 3, 1):
+        backend = CpuBackend(threads=threads, isa=isa)
+        out = Guarded((T, 4500))
+        gate, up = backend.matrix(data[:4500], "F16"), backend.matrix(data[4500:], "F16")
+        for _ in range(5):
+            backend.gate_up(x, norm, 1e-5, gate, up, None, None, out.array)
+        out.check()
+        results.append(out.array.tobytes())
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_deep_products_accumulate_across_blocks(isa):
+    """More inputs than one block of packed weights holds (BLOCK_DEPTH), in every mode."""
+    rng, backend, K, N, T = np.random.default_rng(0), BACKENDS[isa], 2500, 70, 20
+    data, w = stored(rng, (2 * N, K), "BF16")
+    h, x = rng.standard_normal((T, K)).astype(np.float32), Guarded((T, N), fill=1)
+    backend.linear_add(h, backend.matrix(data[:N], "BF16"), None, x.array)
+    assert (np.abs(x.check() - 1 - h.astype(np.float64) @ w[:N].T) <= dot_bound(K, h.astype(np.float64), w[:N].T)).all()
+    out, norm = Guarded((T, N)), np.full(K, 0.02, np.float32)
+    gate, up = backend.matrix(data[:N], "BF16"), backend.matrix(data[N:], "BF16")
+    backend.gate_up(h, norm, 1e-5, gate, up, None, None, out.array)
+    n = norm64(h, norm, 1e-5)
+    a, b = n @ w[:N].T, n @ w[N:].T
+    np.testing.assert_allclose(out.check(), a / (1 + np.exp(-a)) * b, rtol=1e-4, atol=1e-5)
+
+
+def test_mismatches_are_named():
+    backend = CpuBackend(threads=1)
+    x, out = backend.empty((2, 8), np.float32), backend.empty((2, 5), np.float32)
+    weight = backend.matrix(np.zeros((5, 8), np.float16), "F16")
+    with pytest.raises(KernelError, match=r"weight must be \(5, 7\), but is \(5, 8\)"):
+        backend.linear_add(backend.empty((2, 7), np.float32), weight, None, out)
+    with pytest.raises(KernelError, match=r"x must be float32 of shape \(2, 5\), but is float16"):
+        backend.linear_add(x, weight, None, backend.empty((2, 5), np.float16))
+    with pytest.raises(KernelError, match="C-contiguous"):
+        backend.linear_add(backend.empty((8, 2), np.float32).T, weight, None, out)
+    with pytest.raises(KernelError, match="F32, F16 or BF16, but is Q4_0"):
+        backend.matrix(np.zeros((5, 8), np.float16), "Q4_0")
+    ids = backend.upload(np.array([0, 5], np.int32))
+    with pytest.raises(KernelError, match="embed: an id, position or slot lies outside its table"):
+        backend.embed(ids, weight, x)
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("COCKTAIL_ISA", "sse9")
+    with pytest.raises(KernelError, match="'sse9' is not available here; choose one of scalar"):
+        CpuBackend(threads=1)
+    monkeypatch.setenv("COCKTAIL_ISA", "scalar")
+    assert CpuBackend(threads=1).kernels()["qkv"] == "qkv_scalar"
+
+
+def test_arena_is_aligned_and_refuses_more_than_the_machine_has():
+    backend = CpuBackend(threads=1)
+    assert backend.arena(1000).ctypes.data % 64 == 0
+    with pytest.raises(MemoryError, match=r"needs 1,125,899,906,842,624 bytes, but [\d,]+ are free"):
+        backend.arena(2**50)
+
+
+def test_default_threads_are_sensible():
+    backend = CpuBackend()
+    assert 1 <= backend.threads <= 256 and 1 <= backend.streaming_threads <= 256
