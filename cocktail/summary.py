@@ -1,0 +1,106 @@
+"""What the command line shows besides the answer: a progress bar, the summary, the map of a plan."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cocktail import Answer
+    from runtime.plan import Plan
+
+MAP_WIDTH = 96  # chunks per line of a plan's map
+MARKS = ".:-=+*%@"  # poorer tiers first; FP16 is always #
+
+
+def table(answer: Answer) -> str:
+    """A few aligned lines: tokens, times, chunks per width, bytes, kernels."""
+    s = answer.stats
+    context = f", {s.context_tokens} of them context" if s.context_tokens else ""
+    rate = f" ({1 / s.tpot_s:.1f} tokens/s)" if s.tpot_s else ""
+    rows = [
+        ("tokens", f"{s.prompt_tokens} in the prompt{context}; {s.generated_tokens} generated "
+                   f"(ended by {answer.finish_reason})"),
+        ("time", f"TTFT {_seconds(s.ttft_s)} (score {_seconds(s.score_s)}, prefill {_seconds(s.prefill_s)}, "
+                 f"pack {_seconds(s.pack_s)}), TPOT {_seconds(s.tpot_s)}{rate}"),
+    ]
+    if total := sum(s.chunks.values()):
+        rows += [("chunks" if i == 0 else "", f"{tier:6} {count:6} {count / total:6.1%}")
+                 for i, (tier, count) in enumerate(s.chunks.items())]
+        rows.append(("choice", f"policy {s.policy}, scorer {s.scorer}"))
+        rows.append(("context", f"{s.context_bits_per_value:.2f} bits per value, metadata included (FP16: 16)"))
+    rows += [
+        ("cache", f"{_size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
+                  f"{_size(s.cache_fp16_bytes)} at FP16"),
+        ("memory", f"weights {_size(s.weights_bytes)}, process peak {_size(s.peak_memory_bytes)}"),
+        ("backend", f"{s.backend}: " + ", ".join(f"{name} {kernel}" for name, kernel in s.kernels.items())),
+    ]
+    rows += [("note", note) for note in answer.plan.notes]
+    return "\n".join(f"{name:8} {text}" for name, text in rows)
+
+
+def json_line(answer: Answer) -> str:
+    """Every statistic and the finish reason as one line of JSON."""
+    return json.dumps(answer.stats.to_dict() | {"finish_reason": answer.finish_reason}, allow_nan=False)
+
+
+def plan_map(plan: Plan) -> str:
+    """One mark per chunk in document order; the first layer's where layers differ."""
+    layout = plan.layout
+    ranked = sorted(range(len(layout.tiers)), key=lambda i: (layout.tiers[i].k_bits, layout.tiers[i].v_bits))
+    marks = dict(zip(ranked, MARKS, strict=False))
+    marks |= {i: "#" for i in ranked if str(layout.tiers[i]) == "FP16"}
+    chunks = plan.assignment[0]
+    drawn = "".join(marks.get(tier, "?") for tier in chunks)
+    legend = ", ".join(f"{marks.get(i, '?')} {layout.tiers[i]}" for i in ranked if i in set(chunks))
+    first = "" if len(set(plan.assignment)) == 1 else "; layer 0, others differ"
+    lines = [drawn[i : i + MAP_WIDTH] for i in range(0, len(drawn), MAP_WIDTH)]
+    return "\n".join([f"chunks in document order ({legend}{first})", *lines])
+
+
+class ProgressBar:
+    """The `progress` callback of Document.ask and Model.generate, as a bar on a terminal's stderr.
+
+    Not shown, it does nothing and imports nothing.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        # The callback comes once per tile and layer: drawing is left to rich's own refresh.
+        self._bar.update(self._tasks[stage], completed=done, total=total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._shown = False
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,474 @@
+"""The command line against a stand-in for the API: what it passes on, prints, refuses, and returns."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import cocktail
+from cocktail import run
+from cocktail.policies.budget import BudgetPolicy
+from cocktail.summary import plan_map
+from runtime.errors import CheckpointError, PromptError
+from runtime.plan import DocumentShape, Plan, Tier
+
+STATS = {
+    "prompt_tokens": 140, "context_tokens": 100, "generated_tokens": 3, "ttft_s": 0.5, "tpot_s": 0.05, "score_s": 0.01,
+    "prefill_s": 0.4, "pack_s": 0.02, "chunks": {"FP16": 1, "K3V2": 2}, "context_bits_per_value": 7.5,
+    "cache_bytes": 1 << 20, "cache_fp16_bytes": 4 << 20, "weights_bytes": 3 << 30, "peak_memory_bytes": 5 << 20,
+    "backend": "cpu", "kernels": {"decode": "decode_avx2"}, "policy": "budget", "scorer": "bm25",
+}
+
+
+def make_plan() -> Plan:
+    shape = DocumentShape(n_layers=2, n_kv_heads=1, head_dim=8, chunk=32, n_chunks=3, prefix=2, remainder=4, suffix=5,
+                          max_new=8, window=None)
+    return Plan(shape.layout([Tier(3, 2), Tier(16, 16)], [2, 1]), ((1, 0, 0),) * 2, policy="budget", scorer="bm25")
+
+
+@dataclass
+class FakeStream:
+    """Pieces that may be exceptions: raised in place of a piece."""
+
+    pieces: list[str | BaseException]
+    text: str = ""
+    reason: str = "length"
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            self.text += piece
+            yield piece
+
+    def close(self) -> None:
+        self.reason = "interrupted"
+
+    @property
+    def answer(self) -> Any:
+        stats = SimpleNamespace(**STATS, to_dict=lambda: dict(STATS))
+        return SimpleNamespace(text=self.text, ids=(1, 2, 3), finish_reason=self.reason, plan=make_plan(),
+                               stats=stats)
+
+
+@dataclass
+class FakeModel:
+    """Stands in for Model and Document and keeps the calls."""
+
+    pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    config: Any = field(default_factory=lambda: SimpleNamespace(
+        generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
+
+    def load(self, *args: Any, **options: Any) -> FakeModel:
+        self.calls.append(("load", args, options))
+        if not Path(args[0]).exists():
+            raise CheckpointError(f"{args[0]} does not exist")
+        return self
+
+    def read(self, *args: Any, **options: Any) -> FakeModel:
+        self.calls.append(("read", args, options))
+        return self
+
+    def ask(self, *args: Any, **options: Any) -> FakeStream:
+        self.calls.append(("ask", args, options))
+        options["progress"]("prefill", 1, 2)
+        return FakeStream(list(self.pieces))
+
+    def generate(self, prompt: Any, **options: Any) -> FakeStream:
+        self.calls.append(("generate", (prompt,), options))
+        return FakeStream(list(self.pieces))
+
+    def options(self, name: str) -> dict[str, Any]:
+        return next(options for call, _, options in self.calls if call == name)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    fake = FakeModel()
+    monkeypatch.setitem(vars(cocktail), "load", fake.load)
+    return fake
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, made the working directory, with an input of every kind that the command line may be given."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").write_bytes(b"")
+    Path("doc.txt").write_text("The pan was mended by Odo Farrant.\n", encoding="utf-8")
+    Path("latin1.txt").write_bytes("café".encode("latin-1"))
+    Path("empty.txt").write_text(" \n")
+    Path("plan.json").write_text(make_plan().to_json())
+    Path("noplan.json").write_text("{}")
+    return tmp_path
+
+
+ASK = ["model", "--context", "doc.txt", "--query", "Who?"]
+
+
+def test_answer_goes_to_stdout_and_the_summary_to_stderr(model, files, capsys):
+    assert run.main(ASK) == 0
+    out, err = capsys.readouterr()
+    assert out == "Odo Farrant\n"
+    for shown in ("140", "100", "500.0 ms", "20.0 tokens/s", "FP16", "33.3%", "K3V2", "66.7%", "7.50 bits", "25.0%",
+                  "3.00 GiB", "5.0 MiB", "cpu: decode decode_avx2", "ended by length"):
+        assert shown in err
+
+
+def test_only_given_options_reach_the_api(model, files):
+    """So that a default is stated once, in the API, and conflicts between options are found by it."""
+    run.main(ASK)
+    assert model.options("load") == {"backend": "auto", "threads": None}
+    assert model.options("read") == {"system": None}
+    asked = model.options("ask")
+    assert asked.keys() == {"policy", "sampling", "stop", "stream", "progress"}
+    assert vars(asked["policy"]) == vars(BudgetPolicy())
+    assert asked["sampling"].temperature == 0.0
+
+
+@pytest.mark.parametrize(("given", "call", "name", "value"), [
+    (["--scorer", "none"], "ask", "scorer.name", "none"),
+    (["--scorer", "random", "--seed", "7"], "ask", "scorer.name", "random:7"),
+    (["--kv-bits", "3.5"], "ask", "policy.kv_bits", 3.5),
+    (["--kv-budget", "200MiB"], "ask", "policy.kv_budget", 200 << 20),
+    (["--tiers", "K3V2, fp16"], "ask", "policy.tiers", (Tier(3, 2), Tier(16, 16))),
+    (["--tiers", "K3V2,K8V8", "--shares", ".25"], "ask", "policy.shares", (0.25,)),
+    (["--policy", "fp16"], "ask", "policy.name", "fp16"),
+    (["--policy", "cocktail", "--alpha", "0"], "ask", "policy.alpha", 0.0),
+    (["--policy", "cocktail", "--beta", ".2"], "ask", "policy.beta", 0.2),
+    (["--sink", "0"], "ask", "policy.sink", 0),
+    (["--max-tokens", "5"], "ask", "max_tokens", 5),
+    (["--stop", "a", "--stop", "\n"], "ask", "stop", ("a", "\n")),
+    (["--plan-in", "plan.json"], "ask", "plan", make_plan()),
+    (["--chunk", "64"], "read", "chunk", 64),
+    (["--system", "Be brief."], "read", "system", "Be brief."),
+    (["--backend", "cpu"], "load", "backend", "cpu"),
+    (["--threads", "2"], "load", "threads", 2),
+])
+def test_option_reaches_the_api(model, files, given, call, name, value):
+    assert run.main([*ASK, *given]) == 0
+    name, *attributes = name.split(".")
+    found = model.options(call)[name]
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    assert found == value
+
+
+def test_sampling_options(model, files):
+    run.main([*ASK, "--temperature", ".7", "--top-k", "5", "--top-p", ".9", "--min-p", ".1",
+              "--repetition-penalty", "1.1", "--seed", "3"])
+    sampling = model.options("ask")["sampling"]
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 5, 0.9)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 3)
+
+
+def test_the_checkpoints_sampling_is_used_when_asked_for_and_overridden_by_options(model, files):
+    run.main([*ASK, "--model-sampling", "--top-k", "5"])
+    sampling = model.options("ask")["sampling"]
+    assert (sampling.temperature, sampling.top_k) == (0.6, 5)
+
+
+def test_the_checkpoint_is_greedy_without_do_sample(model, files):
+    model.config.generation = {"temperature": 0.6}
+    run.main([*ASK, "--model-sampling"])
+    assert model.options("ask")["sampling"].temperature == 0.0
+
+
+def test_stdin_as_context(model, files, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffünï".encode())))
+    assert run.main(["model", "--context", "-", "--query", "Who?"]) == 0
+    assert next(args for call, args, _ in model.calls if call == "read") == ("ünï",)
+
+
+def test_stdin_as_query(model, files, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who?\n")))
+    assert run.main(["model", "--context", "doc.txt", "--query", "-"]) == 0
+    assert next(args for call, args, _ in model.calls if call == "ask") == ("Who?\n",)
+
+
+@pytest.mark.parametrize(("given", "prompt", "raw"), [
+    (["--prompt", "Once"], "Once", False),
+    (["--query", "Once", "--raw"], "Once", True),
+    (["--query", "Hi", "--system", "Be brief."],
+     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], False),
+])
+def test_without_a_context_the_query_is_completed(model, files, given, prompt, raw):
+    assert run.main(["model", *given]) == 0
+    name, (sent,), options = model.calls[-1]
+    assert (name, sent, options["raw"]) == ("generate", prompt, raw)
+
+
+def test_stats_json_is_one_line_the_last_of_stderr(model, files, capsys):
+    assert run.main([*ASK, "--stats", "json", "--show-plan"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Odo Farrant\n"
+    assert json.loads(err.splitlines()[-1]) == STATS | {"finish_reason": "length"}
+
+
+def test_quiet_prints_nothing_but_the_answer_and_what_was_asked_for(model, files, capsys):
+    run.main([*ASK, "--quiet"])
+    assert capsys.readouterr() == ("Odo Farrant\n", "")
+    run.main([*ASK, "--quiet", "--stats", "json"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_plan_out_is_what_plan_in_reads(model, files):
+    run.main([*ASK, "--plan-out", "out.json"])
+    run.main([*ASK, "--plan-in", "out.json"])
+    assert [options.get("plan") for call, _, options in model.calls if call == "ask"] == [None, make_plan()]
+
+
+def test_show_plan(model, files, capsys):
+    run.main([*ASK, "--show-plan"])
+    err = capsys.readouterr().err
+    assert make_plan().table() in err
+    assert "#.." in err.splitlines()
+
+
+def test_plan_map_breaks_lines_and_names_every_tier():
+    shape = DocumentShape(n_layers=1, n_kv_heads=1, head_dim=8, chunk=32, n_chunks=200, prefix=0, remainder=0,
+                          suffix=1, max_new=1, window=None)
+    tiers = [Tier(4, 4), Tier(16, 16), Tier(3, 2)]
+    assignment = (1, *([2] * 150), *([0] * 49))
+    plan = Plan(shape.layout(tiers, [49, 1, 150]), (assignment,), policy="budget", scorer="bm25")
+    legend, *lines = plan_map(plan).splitlines()
+    assert "". join(lines) == "#" + 150 * "." + 49 * ":"
+    assert max(map(len, lines)) <= 100
+    assert all(str(tier) in legend for tier in tiers)
+
+
+def test_a_warning_is_one_line(model, files, capsys, monkeypatch):
+    monkeypatch.setattr(model, "read", lambda *_, **__: warnings.warn("1 of 3 scores", stacklevel=1) or model)
+    assert run.main([*ASK, "--quiet"]) == 0
+    assert capsys.readouterr().err == "warning: 1 of 3 scores\n"
+
+
+def test_interrupted_between_pieces_keeps_the_answer_so_far(model, files, capsys):
+    model.pieces = ["Odo ", KeyboardInterrupt(), "Farrant"]
+    assert run.main([*ASK, "--stats", "json"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "Odo \n"
+    assert json.loads(err.splitlines()[-1])["finish_reason"] == "interrupted"
+
+
+def test_interrupted_while_loading(model, files, monkeypatch, capsys):
+    def load(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vars(cocktail), "load", load)
+    assert run.main(ASK) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_an_error_of_the_api_is_one_line(model, files, capsys):
+    model.pieces = ["Odo ", PromptError("too long:\n9 tokens")]
+    assert run.main(ASK) == 2
+    assert capsys.readouterr().err == "error: too long: 9 tokens\n"
+
+
+# Every line: arguments, what the message must say. The model is never loaded, save where the last column says so.
+BAD = [
+    ([], "MODEL"),
+    (["model", "--nonsense"], "--nonsense"),
+    (["model"], "no --query"),
+    (["model", "--query", " "], "--query is empty"),
+    (["nowhere", "--query", "Hi"], "nowhere does not exist"),
+    (["model", "--context", "nowhere.txt", "--query", "Hi"], "--context nowhere.txt: No such file"),
+    (["model", "--context", ".", "--query", "Hi"], "--context .: Is a directory"),
+    (["model", "--context", "latin1.txt", "--query", "Hi"], "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
+    (["model", "--context", "empty.txt", "--query", "Hi"], "empty.txt is empty"),
+    (["model", "--context", "doc.txt"], "no --query"),
+    (["model", "--context", "-", "--query", "-"], "stdin can be read once"),
+    (["model", "--query", "Hi", "--kv-bits", "3"], "--kv-bits shapes the cache of a document"),
+    (["model", "--query", "Hi", "--show-plan"], "--show-plan shapes"),
+    (["model", "--query", "Hi", "--sink", "0"], "--sink shapes"),
+    (["model", "--raw"], "--raw"),
+    ([*ASK, "--raw"], "--raw"),
+    ([*ASK, "--plan-in", "nowhere.json"], "--plan-in nowhere.json: No such file"),
+    ([*ASK, "--plan-in", "noplan.json"], "plan version"),
+    ([*ASK, "--plan-in", "plan.json", "--policy", "fp16"], "--plan-in already decides what --policy would"),
+    ([*ASK, "--plan-out", "nowhere/plan.json"], "--plan-out nowhere/plan.json: its folder does not exist"),
+    ([*ASK, "--policy", "magic"], "there is no policy 'magic'"),
+    ([*ASK, "--policy", "fp16", "--kv-bits", "3"], "policy fp16 has no option kv_bits"),
+    ([*ASK, "--policy", "fp16", "--scorer", "bm25"], "policy fp16 looks at no scores"),
+    ([*ASK, "--policy", "cocktail", "--kv-bits", "3"], "policy cocktail has no option kv_bits"),
+    ([*ASK, "--policy", "cocktail", "--alpha", ".9"], "alpha + beta is 1"),
+    ([*ASK, "--alpha", ".9"], "policy budget has no option alpha"),
+    ([*ASK, "--scorer", "hybrid"], "scorer hybrid needs an encoder"),
+    ([*ASK, "--kv-bits", "3", "--kv-budget", "1MB"], "kv_bits and kv_budget"),
+    ([*ASK, "--kv-bits", "-3"], "--kv-bits: '-3'; expected a number of at least 0"),
+    ([*ASK, "--kv-bits", "0"], "kv_bits is 0"),
+    ([*ASK, "--kv-bits", "nan"], "--kv-bits: 'nan'"),
+    ([*ASK, "--kv-bits", "inf"], "--kv-bits: 'inf'"),
+    ([*ASK, "--kv-budget", "12 parsecs"], "kv_budget is '12 parsecs'"),
+    ([*ASK, "--kv-budget", "-1GB"], "--kv-budget"),
+    ([*ASK, "--tiers", "K3V2,K5V5"], "tier k_bits is 5"),
+    ([*ASK, "--tiers", "INT4"], "of the form K3V2"),
+    ([*ASK, "--sink", "-1"], "--sink: '-1'; expected an integer of at least 0"),
+    ([*ASK, "--chunk", "0"], "--chunk: '0'; expected an integer of at least 1"),
+    ([*ASK, "--max-tokens", "0"], "--max-tokens: '0'"),
+    ([*ASK, "--max-tokens", "many"], "--max-tokens: 'many'"),
+    ([*ASK, "--threads", "-2"], "--threads: '-2'"),
+    ([*ASK, "--seed", "-1"], "--seed: '-1'"),
+    ([*ASK, "--temperature", "-1"], "--temperature: '-1'"),
+    ([*ASK, "--temperature", "1", "--top-p", "2"], "top_p is 2.0"),
+    ([*ASK, "--top-k", "5"], "--top-k changes nothing at temperature 0"),
+    ([*ASK, "--stop", ""], "--stop is empty"),
+    ([*ASK, "--backend", "tpu"], "--backend"),
+    ([*ASK, "--stats", "yaml"], "--stats"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) or "nothing" for arguments, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(model, files, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    try:
+        code = run.main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    assert message in err
+
+
+# In a terminal and in pipes: the real program, with the stand-in loaded through a small script. ----------------------
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = [{root!r}]
+from tests import test_cli
+import cocktail
+model = test_cli.FakeModel()
+{setup}
+vars(cocktail)["load"] = model.load
+from cocktail import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def command(files: Path, arguments: list[str], setup: str = "") -> list[str]:
+    script = files / "script.py"
+    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), setup=setup))
+    return [sys.executable, str(script), *arguments]
+
+
+def in_terminal(line: list[str], *steps: tuple[str, str | signal.Signals]) -> tuple[str, int]:
+    """Runs on a pseudo-terminal; once the next expected text is shown, types a text or sends a signal.
+
+    Returns all that was shown and the exit code. Expect "> " before typing: what comes earlier may be lost between the
+    terminal's modes.
+    """
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(line[0], line)
+    shown, seen, waiting = "", 0, list(steps)
+    try:
+        # Linux ends a terminal's output with OSError.
+        with suppress(OSError):
+            while select.select([terminal], [], [], 30)[0] and (data := os.read(terminal, 4096)):
+                shown += data.decode()
+                while waiting and (at := shown.find(waiting[0][0], seen)) >= 0:
+                    expected, action = waiting.pop(0)
+                    seen = at + len(expected)
+                    if isinstance(action, str):
+                        os.write(terminal, action.encode())
+                    else:
+                        os.kill(pid, action)
+            os.kill(pid, signal.SIGKILL)  # silent for too long
+    finally:
+        os.close(terminal)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert not waiting, f"never saw {waiting[0][0]!r} in {shown[seen:]!r}"
+    return shown, code
+
+
+def test_chat_loop_keeps_its_history_and_leaves_on_end_of_file(files):
+    setup = "model.generate = lambda messages, **_: test_cli.FakeStream([f'[{len(messages)} messages]'])"
+    shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
+                              ("> ", "hello\n"), ("[1 messages]\r\n> ", "again\n"), ("[3 messages]\r\n> ", "\x04"))
+    assert code == 0
+    assert "[3 messages]" in shown
+
+
+def test_control_c_stops_a_chat_answer_but_not_the_program(files):
+    setup = """
+def generate(messages, **_):
+    def pieces():
+        yield f"[{len(messages)} messages]"
+        if len(messages) == 1:
+            time.sleep(60)
+    stream = test_cli.FakeStream([])
+    type(stream).__iter__ = lambda self: pieces()
+    return stream
+model.generate = generate
+"""
+    shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
+                              ("> ", "hello\n"), ("[1 messages]", signal.SIGINT), ("> ", "again\n"),
+                              ("[3 messages]\r\n> ", "\x04"))
+    assert code == 0
+    assert "[3 messages]" in shown
+
+
+def test_a_document_without_a_query_is_asked_in_a_loop(files):
+    setup = "model.ask = lambda text, **_: test_cli.FakeStream([text.upper()])"
+    shown, code = in_terminal(command(files, ["model", "--context", "doc.txt", "--quiet"], setup),
+                              ("> ", "first\n"), ("FIRST\r\n> ", "second\n"), ("SECOND\r\n> ", "\x04"))
+    assert code == 0
+    assert "SECOND" in shown
+
+
+def test_progress_bar_on_a_terminal(files):
+    setup = """
+def ask(text, progress, **_):
+    for done in range(11):
+        progress("prefill", done, 10)
+        time.sleep(.05)
+    return test_cli.FakeStream(["done"])
+model.ask = ask
+"""
+    shown, code = in_terminal(command(files, [*ASK, "--stats", "none"], setup))
+    assert code == 0
+    assert "prefill" in shown
+    assert "%" in shown
+
+
+def test_a_reader_that_leaves_early_is_no_error(files):
+    setup = "model.pieces = ['word '] * 100_000"
+    process = subprocess.Popen(command(files, ASK, setup), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 141
+    assert err == b""
+
+
+def test_text_that_the_encoding_cannot_show_does_not_end_the_answer(files):
+    done = subprocess.run(command(files, ASK, "model.pieces = ['caf\\u00e9 \\u2603 ', 'end']"), capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"caf? ? end\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("cocktail-kv ")
