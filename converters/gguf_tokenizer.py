@@ -21,7 +21,7 @@ DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-
 
 # tokenizer.ggml.pre -> (regexes, applied in turn; words in the vocabulary are taken whole; BOS by default)
 PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
-    **dict.fromkeys(("gpt-2", "gpt2"), ((GPT2_SPLIT,), False, False)),
+    "gpt-2": ((GPT2_SPLIT,), False, False),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), ((r"\p{N}", GPT2_SPLIT), False, False)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), ((LLAMA3_SPLIT,), True, True)),
     "tekken": ((TEKKEN_SPLIT,), True, True),
