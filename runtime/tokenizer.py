@@ -68,9 +68,10 @@ class Tokenizer:
         `continues`: the text follows other text directly, so no sentencepiece space is put before it.
         """
         try:
-            return self._model.encode(text, special, continues)
+            text.encode()  # the libraries would fail without a reason, or replace a lone surrogate silently
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode (a lone surrogate at {error.start})") from error
+        return self._model.encode(text, special, continues)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Ids that no token has (padding rows of an embedding) are empty."""
@@ -198,9 +199,9 @@ class _SentencePiece:
             self._processor = SentencePieceProcessor(model_proto=data)
             # Protobuf messages merge when joined: this sets normalizer_spec (field 3) .add_dummy_prefix (field 3) to 0.
             self._bare = SentencePieceProcessor(model_proto=data + bytes([3 << 3 | 2, 2, 3 << 3, 0]))
+            pieces = {i: self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())}
         except (RuntimeError, ValueError) as error:
             raise TokenizerError(f"tokenizer.model is not a sentencepiece model: {error}") from error
-        pieces = {i: self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())}
         special = {i for i in pieces if self._processor.is_control(i) or self._processor.is_unknown(i)}
         self._added: dict[int, str] = {}  # what tokenizer_config.json adds to the model's own pieces
         try:
@@ -218,7 +219,6 @@ class _SentencePiece:
         self._all_tokens = _alternation(self._pieces[i] for i in special | self._added.keys())
 
     def encode(self, text: str, special: bool, continues: bool) -> list[int]:
-        text.encode()  # sentencepiece would replace a lone surrogate silently
         tokens = self._all_tokens if special else self._plain_tokens
         ids: list[int] = []
         for i, part in enumerate(tokens.split(text) if tokens else [text]):
@@ -287,13 +287,8 @@ def _decoder(steps: list[dict[str, Any]]) -> tuple[Callable[[str], bytes], bool]
     kinds = {step["type"] for step in steps}
     if kinds == {"ByteLevel"}:
         return _byte_level_bytes, False
-    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-        strips = any(
-            (step["type"] == "Strip" and step["start"] > 0)
-            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-            for step in steps
-        )
-        return _piece_bytes, strips
+    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        return _piece_bytes, any(step["type"] == "Strip" and step["start"] > 0 for step in steps)
     known = "ByteLevel and sentencepiece's are"
     raise TokenizerError(f"tokenizer.json: decoder {sorted(kinds)} is not supported ({known})")
 
