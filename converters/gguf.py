@@ -24,6 +24,7 @@ NAMES = {
 }  # fmt: skip
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 HARMLESS_KEYS = {"tensor_data_layout", "rope.scaling.finetuned", "expert_used_count", "attention.causal"}
+MAX_ITEMS = 1 << 21  # of an array, four times the longest list of merges: each item is an object while it is read
 # The constants of every Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors that result (rope_freqs.weight).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -87,11 +88,16 @@ class Fields:
 
 def _open(path: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
     except ImportError as error:
         raise ConvertError("reading GGUF needs the gguf package: pip install 'cocktail-kv[convert]'") from error
 
     class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY and (count := self._get(orig_offs + 4, np.uint64)[0]) > MAX_ITEMS:
+                raise ValueError(f"an array of {count} items")
+            return super()._get_field_parts(orig_offs, raw_type)
+
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             # The base class returns a short array past the end of the file, and then loops over garbage lengths.
             if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size:
@@ -99,11 +105,14 @@ def _open(path: Path) -> Any:
             return super()._get(int(offset), dtype, count, override_order)
 
     try:
-        return Reader(path)
+        reader = Reader(path)
     except OSError:
         raise
     except Exception as error:  # the package raises whatever NumPy raised on the damaged bytes
         raise ConvertError(f"{path}: not a readable GGUF file: {error}") from error
+    if reader.byte_order == "S":
+        raise ConvertError(f"{path}: a big-endian file; big-endian tensors are not supported")
+    return reader
 
 
 def _config(fields: Fields, tensors: dict[str, Any], freqs: np.ndarray | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from runtime.errors import ConvertError
 
 def read(folder: Path) -> Model:
     """Open the folder as a Model; its tensors stay in the memory map. Raises ConvertError."""
+    if not folder.is_dir():
+        raise ConvertError(f"{folder}: expected the folder that holds config.json and pytorch_model.bin")
     config = read_object(folder / "config.json")
     tied = config.get("tie_word_embeddings") is True
     tensors = {

@@ -146,6 +146,17 @@ def test_gguf_refuses_by_name(tmp_path: Path, keys: dict[str, Any], message: str
     assert names(tmp_path) == ["m.gguf"]
 
 
+def test_gguf_big_endian_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConvertError, match="big-endian"):
+        convert("gguf", tmp_path / "m.gguf", tmp_path / "m.safetensors")
+
+
 def test_damaged_gguf_never_gives_a_traceback(tmp_path: Path) -> None:
     header = len(write_gguf(tmp_path / "empty.gguf", {}).read_bytes())
     full = write_gguf(tmp_path / "full.gguf", weights()).read_bytes()
@@ -283,6 +294,16 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, error: type[BaseException
         write(Model(CONFIG, [first, Source("b", (4,), "F32", fail)]), target)
     assert names(tmp_path) == ["m.safetensors"]
     assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("kind", ["gguf", "mistral", "meta", "torch"])
+def test_wrong_inputs_are_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"GGUF")
+    (tmp_path / "empty").write_bytes(b"")
+    for name in ("folder", "file", "empty", "absent"):
+        with pytest.raises(ConvertError, match=name):
+            convert(kind, tmp_path / name, tmp_path / "m.safetensors")
 
 
 def test_never_overwrites_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
