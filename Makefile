@@ -33,7 +33,7 @@ check: $(VENV)/.test
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
 
-bench: $(VENV)/.bench $(DEMO)
+bench: $(VENV)/.test $(DEMO)
 	$(RUN) -m bench.quality
 	$(RUN) -m bench.decode --backend cpu
 
@@ -47,7 +47,7 @@ $(GGUF): | $(VENV)/.run
 	touch $@
 
 # Editable installs: Python sources are live, the C kernels are built in place and again when BUILD changes.
-# A larger set of extras also satisfies the smaller ones.
+# The test extras include what a run needs.
 $(VENV)/.run: $(RUN) $(BUILD)
 	$(RUN) -m pip install --quiet --editable '.[convert]'
 	touch $@
@@ -56,17 +56,13 @@ $(VENV)/.test: $(RUN) $(BUILD)
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $(VENV)/.run $@
 
-$(VENV)/.bench: $(RUN) $(BUILD)
-	$(RUN) -m pip install --quiet --editable '.[bench]'
-	touch $(VENV)/.run $(VENV)/.test $@
-
 $(RUN):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python {v[0]}.{v[1]} is too old: 3.11 or later is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.bench
+	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test
 
 distclean: clean
 	rm -rf $(VENV) $(MODELS)

@@ -1,0 +1,195 @@
+"""The command line on a tiny random model: the whole way from files to an answer, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import save_tiny_model
+
+import cocktail
+from cocktail import run
+from runtime.arena import ArenaLayout
+from runtime.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "Who mended the cracked iron pan?"
+CONTEXT = (ROOT / "examples/handbook.txt").read_text(encoding="utf-8")[:6000]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, "chat.safetensors")
+    save_tiny_model(folder, "plain.safetensors", template=None)
+    (folder / "doc.txt").write_text(CONTEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def cli(folder, monkeypatch, capsys):
+    """Runs the command line: (exit code, stdout, stderr), or with stats=True the statistics instead of stderr."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str, stats: bool = False) -> tuple[int, str, Any]:
+        code = run.main([*arguments, "--backend", "cpu", "--threads", "1", *(["--stats", "json"] if stats else [])])
+        out, err = capsys.readouterr()
+        return code, out, json.loads(err.splitlines()[-1]) if stats else err
+
+    return call
+
+
+ASK = ("chat.safetensors", "--context", "doc.txt", "--query", QUESTION, "--max-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def document(folder):
+    return cocktail.load(folder / "chat.safetensors", backend="cpu", threads=1).read(CONTEXT)
+
+
+def test_the_command_line_and_the_api_agree(cli, document):
+    code, out, stats = cli(*ASK, stats=True)
+    answer = document.ask(QUESTION, max_tokens=12)
+    assert code == 0
+    assert out.rstrip("\n") == answer.text.rstrip("\n")
+    expected = answer.stats.to_dict() | {"finish_reason": answer.finish_reason}
+    assert stats.keys() == expected.keys()
+    same = {name for name in stats if not name.endswith("_s")} - {"peak_memory_bytes"}
+    assert {name: stats[name] for name in same} == {name: expected[name] for name in same}
+
+
+def test_statistics_are_those_of_the_run(cli, document):
+    _, _, stats = cli(*ASK, stats=True)
+    sizes = ArenaLayout(document.plan(QUESTION, max_tokens=12).layout)
+    assert stats["cache_bytes"] == sizes.nbytes
+    assert stats["cache_bytes"] < stats["cache_fp16_bytes"]
+    assert sum(stats["chunks"].values()) == document.n_chunks
+    assert len(stats["chunks"]) > 2
+    assert stats["context_tokens"] == len(document.context_ids)
+    assert stats["prompt_tokens"] == len(document.prompt(QUESTION))
+    assert stats["generated_tokens"] == 12
+    assert stats["finish_reason"] == "length"
+    assert stats["backend"] == "cpu"
+    assert stats["kernels"]
+    assert 0 < stats["pack_s"] < stats["prefill_s"] < stats["ttft_s"]
+    assert stats["tpot_s"] > 0
+    assert stats["peak_memory_bytes"] > stats["weights_bytes"] > 0
+
+
+def test_the_summary_names_every_tier(cli):
+    _, _, err = cli(*ASK, "--show-plan")
+    for shown in ("FP16", "K8V8", "K4V4", "K3V2", "bits per value", "TTFT", "TPOT", "chunks in document order"):
+        assert shown in err
+
+
+def test_a_plan_survives_the_way_through_a_file(cli, folder):
+    _, first, _ = cli(*ASK, "--policy", "cocktail", "--plan-out", "plan.json")
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    assert plan.policy == "cocktail"
+    code, second, stats = cli(*ASK, "--plan-in", "plan.json", stats=True)
+    assert code == 0
+    assert second == first
+    assert (stats["policy"], stats["scorer"]) == ("cocktail", "bm25")
+
+
+@pytest.mark.parametrize("options", [
+    ("--policy", "fp16"), ("--policy", "cocktail", "--sink", "0"), ("--kv-bits", "5"), ("--kv-budget", "0.5MiB"),
+    ("--tiers", "K3V2,K4V4", "--shares", ".2"), ("--scorer", "random", "--seed", "3"), ("--scorer", "none"),
+    ("--chunk", "64"), ("--system", "Be brief."),
+    ("--temperature", ".8", "--top-k", "20", "--top-p", ".9", "--min-p", ".01", "--repetition-penalty", "1.2"),
+], ids=" ".join)
+def test_options_run(cli, options):
+    code, _, stats = cli(*ASK, *options, stats=True)
+    assert code == 0
+    assert stats["generated_tokens"] > 0
+
+
+def test_a_byte_budget_is_kept(cli):
+    _, _, stats = cli(*ASK, "--kv-budget", "600KiB", stats=True)
+    assert 0.9 * 600 * 2**10 < stats["cache_bytes"] <= 600 * 2**10
+
+
+def test_sampling_is_seeded(cli):
+    texts = [cli(*ASK, "--temperature", "2", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_string_ends_the_answer_before_it(cli):
+    _, whole, _ = cli(*ASK)
+    stop = whole[len(whole) // 2 :][:3]
+    _, text, stats = cli(*ASK, "--stop", stop, stats=True)
+    assert text.rstrip("\n") == whole[: whole.index(stop)].rstrip("\n")
+    assert stats["finish_reason"] == "stop"
+
+
+def test_completion_without_a_context(cli, document):
+    _, out, stats = cli("chat.safetensors", "--query", "Hello", "--max-tokens", "5", stats=True)
+    assert out.rstrip("\n") == document.model.generate("Hello", max_tokens=5).text.rstrip("\n")
+    assert stats["chunks"] == {}
+    _, raw, _ = cli("chat.safetensors", "--query", "Hello", "--raw", "--max-tokens", "5")
+    _, plain, _ = cli("plain.safetensors", "--query", "Hello", "--max-tokens", "5")
+    assert raw == plain != out  # the two checkpoints differ in nothing but the template
+
+
+def test_an_empty_question_continues_the_document(cli):
+    code, _, stats = cli("plain.safetensors", "--context", "doc.txt", "--query", "", "--max-tokens", "5", stats=True)
+    assert code == 0
+    assert stats["generated_tokens"] == 5
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--kv-bits", "1"), "expected at least"),
+    (("--kv-budget", "1KB"), "expected at least"),
+    (("--chunk", "12"), "expected a multiple of 8"),
+    (("--max-tokens", "8000"), "positions"),
+    (("--scorer", "nowhere/encoder"), "nowhere/encoder"),
+])
+def test_what_does_not_fit_is_one_line(cli, options, message):
+    code, out, err = cli(*ASK, *options)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    assert message in err
+
+
+def test_a_plan_for_another_document_is_refused(cli, folder):
+    cli(*ASK, "--plan-out", "plan.json")
+    (folder / "short.txt").write_text(CONTEXT[:3000], encoding="utf-8")
+    code, _, err = cli("chat.safetensors", "--context", "short.txt", "--query", QUESTION, "--plan-in", "plan.json")
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "folder"])
+def test_a_model_that_is_none_is_one_line(cli, folder, damage):
+    model = folder / damage
+    if damage == "folder":
+        model.mkdir()
+    elif damage != "missing":
+        good = (folder / "chat.safetensors").read_bytes()
+        model.write_bytes({"empty": b"", "truncated": good[:-100], "text": CONTEXT.encode()}[damage])
+    code, out, err = cli(str(model), "--query", "Hello")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    assert damage in err
+
+
+def test_control_c_keeps_what_was_generated(folder):
+    arguments = [str(folder / "plain.safetensors"), "--query", "Once", "--max-tokens", "8000", "--backend", "cpu",
+                 "--threads", "1", "--stats", "json"]
+    process = subprocess.Popen([sys.executable, "-m", "cocktail.run", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    begin = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stats = json.loads(err.decode().splitlines()[-1])
+    assert stats["finish_reason"] == "interrupted"
+    assert 0 < stats["generated_tokens"] < 8000
+    assert (begin + rest).endswith(b"\n")
+    assert len(err.splitlines()) == 1
