@@ -243,14 +243,19 @@ class _SentencePiece:
 
 def _build(parts: dict[str, Any], data: bytes, ends: set[str]) -> FastTokenizer:
     """The tokenizer, with `ends` (BOS, EOS) as special tokens even where the file forgot to say so."""
-    added = parts.get("added_tokens") or []
+    added, model = parts.get("added_tokens") or [], parts.get("model")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if isinstance(model, dict) and model.get(key):  # the library panics on words shorter than these
+            raise TokenizerError(f"tokenizer.json: {key} {model[key]!r:.80} is not supported")
     try:
         wrong = [token for token in added if token["content"] in ends and not token["special"]]
         for token in wrong:
             token["special"] = True
         tokenizer = FastTokenizer.from_str(json.dumps(parts)) if wrong else FastTokenizer.from_buffer(data)
         missing = ends - {token["content"] for token in added}
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and BaseException where its Rust code panics
         raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
     missing = {token for token in missing if tokenizer.token_to_id(token) is not None}
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(missing)])
@@ -316,10 +321,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_LEVEL = _byte_alphabet()
 
 
-def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def _steps(component: Any, key: str) -> list[dict[str, Any]]:
     """A component of tokenizer.json as a flat list, Sequences opened."""
     if component is None:
         return []
+    if not isinstance(component, dict) or not isinstance(component.get("type"), str):
+        raise TokenizerError(f"tokenizer.json: expected an object with a type among the {key}, got {component!r:.80}")
     return [step for part in component[key] for step in _steps(part, key)] if key in component else [component]
 
 

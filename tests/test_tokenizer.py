@@ -214,6 +214,18 @@ def test_unusable_tokenizers_are_refused(files: dict[str, Any], message: str) ->
         Tokenizer.from_checkpoint(Files(**files))
 
 
+@pytest.mark.parametrize(("part", "value"), [
+    ("decoder", {"type": "Sequence", "decoders": [{"content": " ", "start": 1, "stop": 0}]}),
+    ("decoder", {"type": "Sequence", "decoders": [{"type": 0}]}), ("normalizer", [[]]), ("normalizer", 3),
+    ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>"),  # tokenizers 0.23 panics on these
+])  # fmt: skip
+def test_malformed_components_are_refused(part: str, value: Any) -> None:
+    made = json.loads(with_prefix().to_str())
+    (made if part in made else made["model"])[part] = value
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        Tokenizer.from_checkpoint(Files(tokenizer__json=made))
+
+
 def test_unknown_decoder_and_bad_unicode_are_refused() -> None:
     made = byte_level()
     made.decoder = decoders.WordPiece()
