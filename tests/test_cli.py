@@ -4,99 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_model import STATS, FakeModel, make_plan
 
 import cocktail
 from cocktail import run
 from cocktail.policies.budget import BudgetPolicy
 from cocktail.summary import plan_map
-from runtime.errors import CheckpointError, PromptError
+from runtime.errors import PromptError
 from runtime.plan import DocumentShape, Plan, Tier
-
-STATS = {
-    "prompt_tokens": 140, "context_tokens": 100, "generated_tokens": 3, "ttft_s": 0.5, "tpot_s": 0.05, "score_s": 0.01,
-    "prefill_s": 0.4, "pack_s": 0.02, "chunks": {"FP16": 1, "K3V2": 2}, "context_bits_per_value": 7.5,
-    "cache_bytes": 1 << 20, "cache_fp16_bytes": 4 << 20, "weights_bytes": 3 << 30, "peak_memory_bytes": 5 << 20,
-    "backend": "cpu", "kernels": {"decode": "decode_avx2"}, "policy": "budget", "scorer": "bm25",
-}
-
-
-def make_plan() -> Plan:
-    shape = DocumentShape(n_layers=2, n_kv_heads=1, head_dim=8, chunk=32, n_chunks=3, prefix=2, remainder=4, suffix=5,
-                          max_new=8, window=None)
-    return Plan(shape.layout([Tier(3, 2), Tier(16, 16)], [2, 1]), ((1, 0, 0),) * 2, policy="budget", scorer="bm25")
-
-
-@dataclass
-class FakeStream:
-    """Pieces that may be exceptions: raised in place of a piece."""
-
-    pieces: list[str | BaseException]
-    text: str = ""
-    reason: str = "length"
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self.pieces:
-            if isinstance(piece, BaseException):
-                raise piece
-            self.text += piece
-            yield piece
-
-    def close(self) -> None:
-        self.reason = "interrupted"
-
-    @property
-    def answer(self) -> Any:
-        stats = SimpleNamespace(**STATS, to_dict=lambda: dict(STATS))
-        return SimpleNamespace(text=self.text, ids=(1, 2, 3), finish_reason=self.reason, plan=make_plan(),
-                               stats=stats)
-
-
-@dataclass
-class FakeModel:
-    """Stands in for Model and Document and keeps the calls."""
-
-    pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    config: Any = field(default_factory=lambda: SimpleNamespace(
-        generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
-
-    def load(self, *args: Any, **options: Any) -> FakeModel:
-        self.calls.append(("load", args, options))
-        if not Path(args[0]).exists():
-            raise CheckpointError(f"{args[0]} does not exist")
-        return self
-
-    def read(self, *args: Any, **options: Any) -> FakeModel:
-        self.calls.append(("read", args, options))
-        return self
-
-    def ask(self, *args: Any, **options: Any) -> FakeStream:
-        self.calls.append(("ask", args, options))
-        options["progress"]("prefill", 1, 2)
-        return FakeStream(list(self.pieces))
-
-    def generate(self, prompt: Any, **options: Any) -> FakeStream:
-        self.calls.append(("generate", (prompt,), options))
-        return FakeStream(list(self.pieces))
-
-    def options(self, name: str) -> dict[str, Any]:
-        return next(options for call, _, options in self.calls if call == name)
 
 
 @pytest.fixture
@@ -347,124 +269,6 @@ def test_bad_input_is_one_line_and_exit_code_2(model, files, capsys, monkeypatch
     assert out == ""
     assert re.fullmatch(r"error: [^\n]+\n", err), err
     assert message in err
-
-
-# In a terminal and in pipes: the real program, with the stand-in loaded through a small script. ----------------------
-
-SCRIPT = """
-import sys, time
-sys.path[:0] = [{root!r}]
-from tests import test_cli
-import cocktail
-model = test_cli.FakeModel()
-{setup}
-vars(cocktail)["load"] = model.load
-from cocktail import run
-sys.exit(run.main(sys.argv[1:]))
-"""
-
-
-def command(files: Path, arguments: list[str], setup: str = "") -> list[str]:
-    script = files / "script.py"
-    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), setup=setup))
-    return [sys.executable, str(script), *arguments]
-
-
-def in_terminal(line: list[str], *steps: tuple[str, str | signal.Signals]) -> tuple[str, int]:
-    """Runs on a pseudo-terminal; once the next expected text is shown, types a text or sends a signal.
-
-    Returns all that was shown and the exit code. Expect "> " before typing: what comes earlier may be lost between the
-    terminal's modes.
-    """
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(line[0], line)
-    shown, seen, waiting = "", 0, list(steps)
-    try:
-        # Linux ends a terminal's output with OSError.
-        with suppress(OSError):
-            while select.select([terminal], [], [], 30)[0] and (data := os.read(terminal, 4096)):
-                shown += data.decode()
-                while waiting and (at := shown.find(waiting[0][0], seen)) >= 0:
-                    expected, action = waiting.pop(0)
-                    seen = at + len(expected)
-                    if isinstance(action, str):
-                        os.write(terminal, action.encode())
-                    else:
-                        os.kill(pid, action)
-            os.kill(pid, signal.SIGKILL)  # silent for too long
-    finally:
-        os.close(terminal)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert not waiting, f"never saw {waiting[0][0]!r} in {shown[seen:]!r}"
-    return shown, code
-
-
-def test_chat_loop_keeps_its_history_and_leaves_on_end_of_file(files):
-    setup = "model.generate = lambda messages, **_: test_cli.FakeStream([f'[{len(messages)} messages]'])"
-    shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
-                              ("> ", "hello\n"), ("[1 messages]\r\n> ", "again\n"), ("[3 messages]\r\n> ", "\x04"))
-    assert code == 0
-    assert "[3 messages]" in shown
-
-
-def test_control_c_stops_a_chat_answer_but_not_the_program(files):
-    setup = """
-def generate(messages, **_):
-    def pieces():
-        yield f"[{len(messages)} messages]"
-        if len(messages) == 1:
-            time.sleep(60)
-    stream = test_cli.FakeStream([])
-    type(stream).__iter__ = lambda self: pieces()
-    return stream
-model.generate = generate
-"""
-    shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
-                              ("> ", "hello\n"), ("[1 messages]", signal.SIGINT), ("> ", "again\n"),
-                              ("[3 messages]\r\n> ", "\x04"))
-    assert code == 0
-    assert "[3 messages]" in shown
-
-
-def test_a_document_without_a_query_is_asked_in_a_loop(files):
-    setup = "model.ask = lambda text, **_: test_cli.FakeStream([text.upper()])"
-    shown, code = in_terminal(command(files, ["model", "--context", "doc.txt", "--quiet"], setup),
-                              ("> ", "first\n"), ("FIRST\r\n> ", "second\n"), ("SECOND\r\n> ", "\x04"))
-    assert code == 0
-    assert "SECOND" in shown
-
-
-def test_progress_bar_on_a_terminal(files):
-    setup = """
-def ask(text, progress, **_):
-    for done in range(11):
-        progress("prefill", done, 10)
-        time.sleep(.05)
-    return test_cli.FakeStream(["done"])
-model.ask = ask
-"""
-    shown, code = in_terminal(command(files, [*ASK, "--stats", "none"], setup))
-    assert code == 0
-    assert "prefill" in shown
-    assert "%" in shown
-
-
-def test_a_reader_that_leaves_early_is_no_error(files):
-    setup = "model.pieces = ['word '] * 100_000"
-    process = subprocess.Popen(command(files, ASK, setup), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == 141
-    assert err == b""
-
-
-def test_text_that_the_encoding_cannot_show_does_not_end_the_answer(files):
-    done = subprocess.run(command(files, ASK, "model.pieces = ['caf\\u00e9 \\u2603 ', 'end']"), capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"caf? ? end\n")
 
 
 def test_version(capsys):
