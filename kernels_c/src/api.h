@@ -15,3 +15,7 @@ int FN(prefill_attention)(const float *q, const uint16_t *k, const uint16_t *v, 
                           int64_t G, int64_t D, int64_t S, int64_t start, int64_t window);
 int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
                float penalty, const int32_t *seen, int64_t n_seen, double uniform);
+
+int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, int64_t S, int64_t G,
+             int64_t D, int64_t C);
+int FN(decode_attention)(const float *q, const cache *c, const int32_t *state, float *out);

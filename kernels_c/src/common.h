@@ -25,6 +25,31 @@ typedef struct {
     int32_t dtype;
 } matrix;
 
+/* Both are multiples of 8. */
+enum limits { MAX_CHUNK = 256, MAX_HEAD_DIM = 256 };
+
+/* K or V of a span (runtime.backend.Span): chunk c of KV head g is at codes + g * codes_stride + c * codes_bytes. */
+typedef struct {
+    uint8_t *codes, *meta;
+    int64_t codes_stride, meta_stride, codes_bytes, meta_bytes;
+    int32_t bits;
+} region;
+
+typedef struct {
+    region k, v;
+    int32_t *positions; /* of each chunk's first token */
+    int64_t n;
+} span;
+
+/* One layer's cache as decode attention reads it; tail_k, tail_v FP16 (G, capacity, D). */
+typedef struct {
+    const span *spans;
+    uint16_t *tail_k, *tail_v;
+    int32_t *tail_positions;
+    int64_t n_spans, capacity, head, H, G, D, C;
+    int64_t window; /* INT32_MAX where there is none */
+} cache;
+
 /* 0 scalar, 1 AVX2, 2 AVX-512: the widest that this processor and its operating system support. */
 int cpu_isa(void);
 
@@ -44,8 +69,6 @@ void pool_stream(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
  * SCRATCH_CALL and SCRATCH_ROWS are for what one call shares with its tasks, SCRATCH_TASK for what a task needs itself. */
 enum scratch_slot { SCRATCH_CALL, SCRATCH_ROWS, SCRATCH_TASK, SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t nbytes);
-
-#define MAX_HEAD_DIM 256
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNUSED __attribute__((unused))

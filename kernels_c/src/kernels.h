@@ -10,3 +10,7 @@
 #include "qkv.h"
 #include "prefill.h"
 #include "sample.h"
+
+#include "lanes.h"
+#include "pack.h"
+#include "decode.h"

@@ -1,0 +1,422 @@
+/* Decode attention: one token's query over the spans and the tail of one layer's cache, with one running softmax.
+ *
+ * A task is one KV head; up to GROUP query heads share its read of K and V, in register blocks of HEADS. Scores are in
+ * base 2 (the query carries log2(e) / sqrt(D)) and the running maximum is a whole number, so that rescaling what was
+ * summed so far multiplies by an exact power of two.
+ *
+ * Quantized K: the query is rotated once; per chunk its channels take the scales and the zeros become one number, so
+ * that a score is a plain sum of codes, lanes = tokens. Quantized V: the probability takes the token's scale, lanes =
+ * channels; the levels' centre is subtracted once per chunk, and the sum is rotated back at the end.
+ *
+ * FP16 K and V: a key's score is the same function of q and k wherever it lies, and maximum, denominator and output
+ * advance key by key. An all-FP16 plan in document order therefore gives the bits that one dense tail gives.
+ *
+ * Rows of a work array hold P floats, D rounded up to whole vectors, or T scores, a block's tokens likewise. Codes or
+ * FP16 rows that do not fill whole vectors are first copied to `padded`. Layout of the codes: pack.h. */
+
+enum { GROUP = 16, HEADS = 4, TAIL_BLOCK = 32, COLUMNS = VL >= 16 ? 4 : 2 };
+
+typedef struct {
+    int64_t D, P, C, T;
+    int n;                 /* query heads */
+    float *q, *rotated_q;  /* (n, P) */
+    float *folded;         /* (n, P): rotated_q times one chunk's scales */
+    float *out, *rotated;  /* (n, P): sums of weighted FP16 values, and of weighted codes */
+    float *scores;         /* (n, T); -infinity hides a token */
+    float *weights;        /* (n, T): what values are multiplied by */
+    uint8_t *padded;
+    float max[GROUP], sum[GROUP], centre[GROUP];
+} attention;
+
+/* One chunk, or a few slots of the tail; tokens first .. n - 1 are visible. */
+typedef struct {
+    const uint8_t *k, *k_meta, *v, *v_meta;
+    int k_bits, v_bits;
+    int64_t first, n;
+} block;
+
+/* call(h, H) for blocks of H query heads from h on; H is a constant in each call, so accumulators stay in registers. */
+#define BY_HEADS(n, call)                                                                                              \
+    for (int h = 0; h < (n); h += HEADS) switch (MIN((n) - h, HEADS)) {                                                \
+        case 1: call(h, 1); break;                                                                                     \
+        case 2: call(h, 2); break;                                                                                     \
+        case 3: call(h, 3); break;                                                                                     \
+        default: call(h, 4);                                                                                           \
+    }
+
+/* `rows` of `nbytes` at stride `to` bytes, the rest zero. */
+static const void *pad(uint8_t *padded, const uint8_t *from, int64_t rows, int64_t nbytes, int64_t to) {
+    memset(padded, 0, rows * to);
+    for (int64_t row = 0; row < rows; row++) memcpy(padded + row * to, from + row * nbytes, nbytes);
+    return padded;
+}
+
+/* FP16 K and V -------------------------------------------------------------------------------------------------- */
+
+INLINE void half_scores(const attention *a, const uint16_t *k, int64_t n, int h, const int H) {
+    int64_t P = a->P;
+    for (int64_t t = 0; t < n; t += VL) {
+        vf partial[HEADS][VL];
+        for (int u = 0; u < VL; u += 4) {
+            const uint16_t *row[4];
+            for (int i = 0; i < 4; i++) row[i] = k + MIN(t + u + i, n - 1) * P;
+            vf sum[HEADS][4] = {0};
+            for (int64_t d = 0; d < P; d += VL) {
+                vf x[4];
+                for (int i = 0; i < 4; i++) x[i] = vf_from_half(vh_load(row[i] + d));
+                for (int m = 0; m < H; m++) {
+                    vf q = vf_load(a->q + (h + m) * P + d);
+                    for (int i = 0; i < 4; i++) sum[m][i] = vf_fma(q, x[i], sum[m][i]);
+                }
+            }
+            for (int m = 0; m < H; m++)
+                for (int i = 0; i < 4; i++) partial[m][u + i] = sum[m][i];
+        }
+        for (int m = 0; m < H; m++) vf_store(a->scores + (h + m) * a->T + t, lanes_sums(partial[m]));
+    }
+}
+
+/* Channels d .. d + J * VL - 1 of tokens begin .. end - 1, one after another. */
+INLINE void half_columns(const attention *a, const uint16_t *v, int64_t begin, int64_t end, int64_t d, const int J,
+                         int h, const int H) {
+    vf sum[HEADS][COLUMNS];
+    for (int m = 0; m < H; m++)
+        for (int j = 0; j < J; j++) sum[m][j] = vf_load(a->out + (h + m) * a->P + d + j * VL);
+    for (int64_t t = begin; t < end; t++) {
+        vf x[COLUMNS];
+        for (int j = 0; j < J; j++) x[j] = vf_from_half(vh_load(v + t * a->P + d + j * VL));
+        for (int m = 0; m < H; m++) {
+            vf weight = vf_set1(a->weights[(h + m) * a->T + t]);
+            for (int j = 0; j < J; j++) sum[m][j] = vf_fma(weight, x[j], sum[m][j]);
+        }
+    }
+    for (int m = 0; m < H; m++)
+        for (int j = 0; j < J; j++) vf_store(a->out + (h + m) * a->P + d + j * VL, sum[m][j]);
+}
+
+INLINE void half_values(const attention *a, const uint16_t *v, int64_t begin, int64_t end, int h, const int H) {
+    int64_t d = 0;
+    for (; d + COLUMNS * VL <= a->P; d += COLUMNS * VL) half_columns(a, v, begin, end, d, COLUMNS, h, H);
+    for (; d < a->P; d += VL) half_columns(a, v, begin, end, d, 1, h, H);
+}
+
+/* Quantized K and V --------------------------------------------------------------------------------------------- */
+
+INLINE vu vu_load(const void *p) { return (vu)vi_load(p); }
+
+/* The low `bits` of each lane as a float. A permutation reads only the lane number's low bits of its index, so a table
+ * of codes that repeats needs neither a mask nor a conversion. */
+INLINE vf expand(vu x, const int bits) {
+#if defined(ISA_AVX512)
+    if (bits <= 4)
+        return (vf)_mm512_permutexvar_ps((__m512i)x, (__m512)__builtin_convertvector(vi_iota() & ((1 << bits) - 1), vf));
+#elif defined(ISA_AVX2)
+    if (bits <= 3)
+        return (vf)_mm256_permutevar8x32_ps((__m256)__builtin_convertvector(vi_iota() & ((1 << bits) - 1), vf),
+                                            (__m256i)x);
+#endif
+    return __builtin_convertvector((vi)(x & ((1u << bits) - 1)), vf);
+}
+
+/* Code i of VL bit streams; word w of lane 0 is at words + w * stride bytes. */
+INLINE vf code(const uint8_t *words, int64_t stride, int64_t i, const int bits) {
+    int shift = i * bits % 32;
+    words += i * bits / 32 * stride;
+    vu x = vu_load(words) >> shift;
+    if (shift + bits > 32) x |= vu_load(words + stride) << (32 - shift);
+    return expand(x, bits);
+}
+
+/* N vectors of tokens; bias and folded belong to H query heads. The unrolled loop's shifts are constants. */
+INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, const uint8_t *words, int64_t stride,
+                         int64_t D, const int bits, const int N, float *scores, int64_t T, const int H) {
+    enum { CHAINS = 2 }; /* with one or two query heads, even and odd channels apart keep the FMA units busy */
+    const int chains = H <= 2 ? 2 : 1, per = bits == 3 ? 32 : 32 / bits;
+    vf sum[CHAINS][HEADS][2];
+    for (int m = 0; m < H; m++)
+        for (int i = 0; i < N; i++) sum[0][m][i] = vf_set1(bias[m]), sum[1][m][i] = vf_set1(0);
+    int64_t d = 0;
+    for (; d + per <= D; d += per, words += per * bits / 32 * stride) {
+#pragma GCC unroll 32
+        for (int c = 0; c < per; c++) {
+            vf x[2];
+            for (int i = 0; i < N; i++) x[i] = code(words + 4 * VL * i, stride, c, bits);
+            for (int m = 0; m < H; m++) {
+                vf q = vf_set1(folded[m * P + d + c]);
+                for (int i = 0; i < N; i++) sum[c % chains][m][i] = vf_fma(q, x[i], sum[c % chains][m][i]);
+            }
+        }
+    }
+    for (int c = 0; d + c < D; c++)
+        for (int m = 0; m < H; m++)
+            for (int i = 0; i < N; i++)
+                sum[0][m][i] = vf_fma(vf_set1(folded[m * P + d + c]), code(words + 4 * VL * i, stride, c, bits),
+                                      sum[0][m][i]);
+    for (int m = 0; m < H; m++)
+        for (int i = 0; i < N; i++) vf_store(scores + m * T + i * VL, sum[0][m][i] + sum[1][m][i]);
+}
+
+INLINE vf vf_from_u8(const uint8_t *p) {
+    vb x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+}
+INLINE vf vf_from_i8(const uint8_t *p) {
+    int8_t x __attribute__((vector_size(VL)));
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+}
+
+/* scales and zeros: P bytes each. */
+INLINE void coded_scores(const attention *a, const uint8_t *words, const uint8_t *scales, const uint8_t *zeros,
+                         float scale_step, float zero_step, const int bits, int h, const int H) {
+    int64_t P = a->P, C = round_up(a->C), t = 0;
+    float *folded = a->folded + h * P, *scores = a->scores + h * a->T, bias[HEADS];
+    vf total[HEADS] = {0};
+    for (int64_t d = 0; d < P; d += VL) {
+        vf scale = vf_from_u8(scales + d) * scale_step, zero = vf_from_i8(zeros + d) * zero_step;
+        for (int m = 0; m < H; m++) {
+            vf q = vf_load(a->rotated_q + (h + m) * P + d);
+            vf_store(folded + m * P + d, q * scale);
+            total[m] = vf_fma(q, zero, total[m]);
+        }
+    }
+    for (int m = 0; m < H; m++) bias[m] = vf_sum(total[m]);
+    for (; t + 2 * VL <= C; t += 2 * VL)
+        coded_tokens(folded, P, bias, words + 4 * t, 4 * C, a->D, bits, 2, scores + t, a->T, H);
+    for (; t < C; t += VL) coded_tokens(folded, P, bias, words + 4 * t, 4 * C, a->D, bits, 1, scores + t, a->T, H);
+}
+
+INLINE void coded_columns(const attention *a, const uint8_t *words, const int bits, int64_t d, const int J, int h,
+                          const int H) {
+    const int per = bits == 3 ? 32 : 32 / bits;
+    int64_t stride = 4 * a->P, t = 0;
+    const float *weights = a->weights + h * a->T;
+    vf sum[HEADS][COLUMNS];
+    words += 4 * d;
+    for (int m = 0; m < H; m++)
+        for (int j = 0; j < J; j++)
+            sum[m][j] = vf_load(a->rotated + (h + m) * a->P + d + j * VL) - vf_set1(a->centre[h + m]);
+    for (; t + per <= a->C; t += per, words += per * bits / 32 * stride) {
+#pragma GCC unroll 32
+        for (int c = 0; c < per; c++) {
+            vf x[COLUMNS];
+            for (int j = 0; j < J; j++) x[j] = code(words + 4 * VL * j, stride, c, bits);
+            for (int m = 0; m < H; m++) {
+                vf weight = vf_set1(weights[m * a->T + t + c]);
+                for (int j = 0; j < J; j++) sum[m][j] = vf_fma(weight, x[j], sum[m][j]);
+            }
+        }
+    }
+    for (int c = 0; t + c < a->C; c++)
+        for (int m = 0; m < H; m++)
+            for (int j = 0; j < J; j++)
+                sum[m][j] = vf_fma(vf_set1(weights[m * a->T + t + c]), code(words + 4 * VL * j, stride, c, bits),
+                                   sum[m][j]);
+    for (int m = 0; m < H; m++)
+        for (int j = 0; j < J; j++) vf_store(a->rotated + (h + m) * a->P + d + j * VL, sum[m][j]);
+}
+
+INLINE void coded_values(const attention *a, const uint8_t *words, const int bits, int h, const int H) {
+    int64_t d = 0;
+    for (; d + COLUMNS * VL <= a->P; d += COLUMNS * VL) coded_columns(a, words, bits, d, COLUMNS, h, H);
+    for (; d < a->P; d += VL) coded_columns(a, words, bits, d, 1, h, H);
+}
+
+INLINE void scores_of_width(const attention *a, const uint8_t *words, const uint8_t *scales, const uint8_t *zeros,
+                            float scale_step, float zero_step, const int bits) {
+#define CALL(h, H) coded_scores(a, words, scales, zeros, scale_step, zero_step, bits, h, H)
+    BY_HEADS(a->n, CALL)
+#undef CALL
+}
+
+INLINE void values_of_width(const attention *a, const uint8_t *words, const int bits) {
+#define CALL(h, H) coded_values(a, words, bits, h, H)
+    BY_HEADS(a->n, CALL)
+#undef CALL
+}
+
+/* The running softmax ------------------------------------------------------------------------------------------- */
+
+static void block_scores(const attention *a, const block *b) {
+    int64_t D = a->D, P = a->P, C = a->C;
+    if (b->k_bits == 16) {
+        const uint16_t *k = P == D ? (const void *)b->k : pad(a->padded, b->k, b->n, 2 * D, 2 * P);
+#define CALL(h, H) half_scores(a, k, b->n, h, H)
+        BY_HEADS(a->n, CALL)
+#undef CALL
+        return;
+    }
+    uint16_t bases[2];
+    memcpy(bases, b->k_meta + 2 * D, 4);
+    float scale_step = bfloat_to_float(bases[0]) / 255, zero_step = bfloat_to_float(bases[1]) / 127;
+    const uint8_t *words = b->k, *scales = b->k_meta, *zeros = scales + D;
+    uint8_t whole[2 * MAX_HEAD_DIM];
+    if (P != D) scales = pad(whole, scales, 2, D, P), zeros = scales + P;
+    if (round_up(C) != C) words = pad(a->padded, words, (D * b->k_bits + 31) / 32, 4 * C, 4 * round_up(C));
+    switch (b->k_bits) {
+    case 2: scores_of_width(a, words, scales, zeros, scale_step, zero_step, 2); break;
+    case 3: scores_of_width(a, words, scales, zeros, scale_step, zero_step, 3); break;
+    case 4: scores_of_width(a, words, scales, zeros, scale_step, zero_step, 4); break;
+    default: scores_of_width(a, words, scales, zeros, scale_step, zero_step, 8);
+    }
+}
+
+/* Make head h's running maximum a whole number not below `score`. */
+static void raise_maximum(attention *a, int h, float score) {
+    float maximum = ceilf(score), step = a->max[h] - maximum, factor = ldexpf(1, (int)MAX(step, -1000.0f));
+    a->max[h] = maximum;
+    a->sum[h] *= factor;
+    for (int64_t d = h * a->P; d < (h + 1) * a->P; d++) a->out[d] *= factor, a->rotated[d] *= factor;
+}
+
+static void block_values(attention *a, const block *b) {
+    int64_t n = round_up(b->n), T = a->T;
+    if (b->v_bits == 16) {
+        const uint16_t *v = a->P == a->D ? (const void *)b->v : pad(a->padded, b->v, b->n, 2 * a->D, 2 * a->P);
+        /* Cut the block wherever a key raises a maximum: what is summed must not depend on where blocks begin. */
+        for (int64_t begin = b->first, end; begin < b->n; begin = end) {
+            end = b->n;
+            for (int h = 0; h < a->n; h++) {
+                const float *scores = a->scores + h * T;
+                if (scores[begin] > a->max[h]) raise_maximum(a, h, scores[begin]);
+                vf largest = vf_load(scores + begin / VL * VL);
+                for (int64_t t = begin / VL * VL + VL; t < n; t += VL) largest = vf_max(largest, vf_load(scores + t));
+                if (vf_hmax(largest) > a->max[h])
+                    for (int64_t t = begin + 1; t < end; t++)
+                        if (scores[t] > a->max[h]) end = t;
+            }
+            for (int h = 0; h < a->n; h++) {
+                float *weights = a->weights + h * T, sum = a->sum[h];
+                vf maximum = vf_set1(a->max[h]);
+                for (int64_t t = begin / VL * VL; t < end; t += VL)
+                    vf_store(weights + t, vf_exp2(vf_load(a->scores + h * T + t) - maximum));
+                for (int64_t t = begin; t < end; t++) sum += weights[t];
+                a->sum[h] = sum;
+            }
+#define CALL(h, H) half_values(a, v, begin, end, h, H)
+            BY_HEADS(a->n, CALL)
+#undef CALL
+        }
+        return;
+    }
+    float scales[MAX_CHUNK];
+    for (int64_t t = 0; t < n; t += VL) {
+        uint16_t lanes[VL] = {0};
+        if (t + VL > b->n) memcpy(lanes, b->v_meta + 2 * t, 2 * (b->n - t));
+        vf_store(scales + t, vf_from_bfloat(vh_load(t + VL > b->n ? (const void *)lanes : b->v_meta + 2 * t)));
+    }
+    for (int h = 0; h < a->n; h++) {
+        const float *scores = a->scores + h * T;
+        vf largest = vf_load(scores), sum = vf_set1(0), scaled = vf_set1(0);
+        for (int64_t t = VL; t < n; t += VL) largest = vf_max(largest, vf_load(scores + t));
+        float top = vf_hmax(largest);
+        if (top > a->max[h]) raise_maximum(a, h, top);
+        for (int64_t t = 0; t < n; t += VL) {
+            vf p = vf_exp2(vf_load(scores + t) - vf_set1(a->max[h])), weight = p * vf_load(scales + t);
+            vf_store(a->weights + h * T + t, weight);
+            sum += p, scaled += weight;
+        }
+        a->sum[h] += vf_sum(sum);
+        a->centre[h] = vf_sum(scaled) * (((1 << b->v_bits) - 1) * 0.5f);
+    }
+    const uint8_t *words = b->v;
+    if (a->P != a->D) words = pad(a->padded, words, (a->C * b->v_bits + 31) / 32, 4 * a->D, 4 * a->P);
+    switch (b->v_bits) {
+    case 2: values_of_width(a, words, 2); break;
+    case 3: values_of_width(a, words, 3); break;
+    case 4: values_of_width(a, words, 4); break;
+    default: values_of_width(a, words, 8);
+    }
+}
+
+static void attend_block(attention *a, const block *b) {
+    block_scores(a, b);
+    for (int h = 0; h < a->n; h++) {
+        float *scores = a->scores + h * a->T;
+        for (int64_t t = 0; t < b->first; t++) scores[t] = -INFINITY;
+        for (int64_t t = b->n; t < round_up(b->n); t++) scores[t] = -INFINITY;
+    }
+    block_values(a, b);
+}
+
+/* Keys from position `oldest` on are visible. */
+static void attend_tail(attention *a, const cache *c, int64_t g, int64_t begin, int64_t end, int64_t oldest) {
+    const uint8_t *k = (const uint8_t *)(c->tail_k + g * c->capacity * c->D);
+    const uint8_t *v = (const uint8_t *)(c->tail_v + g * c->capacity * c->D);
+    const int32_t *positions = c->tail_positions;
+    for (int64_t t = begin, n; t < end; t += n) {
+        bool visible = positions[t] >= oldest;
+        for (n = 1; n < TAIL_BLOCK && t + n < end && (positions[t + n] >= oldest) == visible; n++) {}
+        if (visible) attend_block(a, &(block){k + 2 * t * c->D, NULL, v + 2 * t * c->D, NULL, 16, 16, 0, n});
+    }
+}
+
+static void attend_span(attention *a, const span *s, int64_t g, int64_t oldest) {
+    const uint8_t *k = s->k.codes + g * s->k.codes_stride, *k_meta = s->k.meta + g * s->k.meta_stride;
+    const uint8_t *v = s->v.codes + g * s->v.codes_stride, *v_meta = s->v.meta + g * s->v.meta_stride;
+    for (int64_t c = 0; c < s->n; c++) {
+        int64_t first = MAX(oldest - s->positions[c], 0);
+        if (first >= a->C) continue;
+        attend_block(a, &(block){k + c * s->k.codes_bytes, k_meta + c * s->k.meta_bytes, v + c * s->v.codes_bytes,
+                                 v_meta + c * s->v.meta_bytes, s->k.bits, s->v.bits, first, a->C});
+    }
+}
+
+typedef struct {
+    const float *q;
+    const cache *cache;
+    const int32_t *state;
+    float *out;
+    _Atomic bool no_memory;
+} decoding;
+
+/* KV head g. */
+static void attend_head(void *ctx, int64_t g) {
+    decoding *x = ctx;
+    const cache *c = x->cache;
+    int64_t D = c->D, P = round_up(D), T = round_up(MAX(c->C, TAIL_BLOCK)), group = c->H / c->G;
+    int64_t position = x->state[0], visible = x->state[1] + 1, head = MIN(c->head, visible);
+    int64_t oldest = position - c->window + 1;
+    bool rotates = false;
+    for (int64_t s = 0; s < c->n_spans; s++) rotates |= c->spans[s].n && (c->spans[s].k.bits < 16 || c->spans[s].v.bits < 16);
+
+    int64_t n = MIN(group, GROUP);
+    float *work = scratch(SCRATCH_TASK, 4 * (5 * n * P + 2 * n * T) + 2 * T * P);
+    if (!work) {
+        x->no_memory = true;
+        return;
+    }
+    float scale = 1.4426950408889634 / sqrt(D);
+    for (int64_t h = 0; h < group; h += n) {
+        attention a = {.D = D, .P = P, .C = c->C, .T = T, .n = MIN(group - h, n), .q = work};
+        a.rotated_q = a.q + n * P, a.folded = a.rotated_q + n * P, a.out = a.folded + n * P, a.rotated = a.out + n * P;
+        a.scores = a.rotated + n * P, a.weights = a.scores + n * T, a.padded = (uint8_t *)(a.weights + n * T);
+        memset(work, 0, 4 * 5 * n * P);
+        for (int64_t m = 0; m < a.n; m++) {
+            const float *q = x->q + (g * group + h + m) * D;
+            for (int64_t d = 0; d < D; d++) a.q[m * P + d] = q[d] * scale;
+            a.max[m] = -INFINITY;
+        }
+        if (rotates) {
+            memcpy(a.rotated_q, a.q, 4 * a.n * P);
+            for (int64_t m = 0; m < a.n; m++) hadamard(a.rotated_q + m * P, P, rotation_block(D));
+        }
+        attend_tail(&a, c, g, 0, head, oldest);
+        for (int64_t s = 0; s < c->n_spans; s++) attend_span(&a, c->spans + s, g, oldest);
+        attend_tail(&a, c, g, head, visible, oldest);
+        for (int64_t m = 0; m < a.n; m++) {
+            float *out = x->out + (g * group + h + m) * D, *rotated = a.rotated + m * P;
+            if (rotates) hadamard(rotated, P, rotation_block(D));
+            for (int64_t d = 0; d < D; d++)
+                out[d] = (rotates ? a.out[m * P + d] + rotated[d] : a.out[m * P + d]) / a.sum[m];
+        }
+    }
+}
+
+int FN(decode_attention)(const float *q, const cache *c, const int32_t *state, float *out) {
+    if (state[1] < 0 || state[1] >= c->capacity) return BAD_INDEX;
+    decoding x = {q, c, state, out, false};
+    pool_run(attend_head, &x, c->G);
+    return x.no_memory ? NO_MEMORY : OK;
+}
