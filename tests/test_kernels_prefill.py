@@ -104,6 +104,16 @@ def test_any_tile_agrees(isa, case, tile):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_nothing_stays_from_an_earlier_call(isa):
+    """Scratch is kept between calls: one full of NaN must not reach the next, shorter one through 0 * NaN."""
+    q, k, v, start, window = build((70, 4, 2, 80, 0, None, "plain", 1.0, 2))
+    expected = attend(BACKENDS[isa], q, k, v, start, window).copy()
+    nan = np.full((2, 400, 80), np.nan, np.float16)
+    attend(BACKENDS[isa], q, nan, nan, 300, window)
+    assert np.array_equal(attend(BACKENDS[isa], q, k, v, start, window), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_threads_change_no_bit(isa):
     q, k, v, start, window = build((400, 6, 2, 64, 77, None, "plain", 3.0, 1))
     results = {attend(CpuBackend(threads=n, isa=isa), q, k, v, start, window).tobytes() for n in (1, 2, 3, 1)}
