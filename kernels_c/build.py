@@ -20,7 +20,7 @@ SRC = Path("kernels_c/src")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("scalar", "avx2", "avx512") if X86 else ("scalar",)
 # No contraction: packing must round every operation as the reference does; kernels ask for fma where they want it.
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
 def declarations() -> str:
