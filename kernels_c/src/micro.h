@@ -11,12 +11,13 @@
 #define NR (NV * VL)
 
 /* C (MR, nv * VL) = or += A (MR, depth) B (depth, nv * VL). A[r][k] lies at a[r * a_row + k * a_step], B[k] at
- * b[k * b_step], C[r] at c[r * c_row]. The strides and nv should be constants where this is inlined. */
+ * b[k * b_step], C[r] at c[r * c_row]. The strides and nv should be constants where this is inlined. The product is
+ * summed before it is added to C: over thousands of keys one long chain of additions would drift. */
 INLINE void micro(int64_t depth, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_step,
                   float *c, int64_t c_row, const int nv, bool add) {
     vf acc[MR][NV];
     for (int r = 0; r < MR; r++)
-        for (int v = 0; v < nv; v++) acc[r][v] = add ? vf_load(c + r * c_row + v * VL) : (vf){0};
+        for (int v = 0; v < nv; v++) acc[r][v] = (vf){0};
     for (int64_t k = 0; k < depth; k++, a += a_step, b += b_step) {
         vf column[NV];
         for (int v = 0; v < nv; v++) column[v] = vf_load(b + v * VL);
@@ -26,7 +27,10 @@ INLINE void micro(int64_t depth, const float *a, int64_t a_row, int64_t a_step, 
         }
     }
     for (int r = 0; r < MR; r++)
-        for (int v = 0; v < nv; v++) vf_store(c + r * c_row + v * VL, acc[r][v]);
+        for (int v = 0; v < nv; v++) {
+            float *out = c + r * c_row + v * VL;
+            vf_store(out, add ? vf_load(out) + acc[r][v] : acc[r][v]);
+        }
 }
 
 /* Lanes of the two vectors that exchange blocks of s lanes between rows i and i + s. */
