@@ -46,6 +46,8 @@ class CpuBackend(CacheOps):
         return Matrix(data, dtype)
 
     def vector(self, data: npt.NDArray[Any], dtype: str) -> Buffer:
+        if dtype == "BF16":  # stored as uint16: the upper half of a float32
+            data = (data.astype(np.uint32) << 16).view(np.float32)
         return self.upload(np.asarray(data, np.float32))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
