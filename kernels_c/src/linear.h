@@ -21,7 +21,6 @@ typedef struct {
 
 typedef struct {
     const linear *jobs;
-    int n_jobs;
     const float *x; /* (T, K), or panels (T / MR, K, MR) */
     int64_t T, K;
     int64_t task_columns; /* outputs per task */
@@ -177,7 +176,7 @@ static void pack_panel_task(void *ctx, int64_t p) {
 /* All jobs (of one mode, with K inputs) on x (T, K), normalized first if norm is given. */
 static int linear_run(const linear *jobs, int n_jobs, const float *x, const float *norm, float eps, int64_t T) {
     int64_t K = jobs->weight->cols, panels = T <= GEMV_ROWS ? 0 : (T + MR - 1) / MR;
-    linear_call call = {.jobs = jobs, .n_jobs = n_jobs, .x = x, .T = T, .K = K};
+    linear_call call = {.jobs = jobs, .x = x, .T = T, .K = K};
     float *work = scratch(SCRATCH_CALL, sizeof(float) * (panels * panel_pitch(K) + (norm ? T * K : 0)));
     if (!work) return NO_MEMORY;
     if (norm) {
