@@ -1,0 +1,98 @@
+"""What every bench shares: where it ran, the memory read rate (its floor), intervals, tables, the closing JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+DEFAULT_MODEL = ".models/smollm2-135m.safetensors"
+READ_BYTES = 1 << 30  # beyond any cache
+
+
+def describe_run() -> dict[str, Any]:
+    """Commit, machine and load of this run, for the record."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         check=False)
+    return {"commit": git.stdout.strip() or "unknown", "cpu": _cpu_name(), "cores": os.cpu_count(),
+            "load_before": round(os.getloadavg()[0], 2), "python": platform.python_version(), "numpy": np.__version__}
+
+
+def read_rate(data: npt.NDArray[np.int64], threads: int) -> float:
+    """Bytes per second at which `threads` threads read `data` once: NumPy's maximum, its fastest plain pass.
+
+    (Its sum of float32 adds pairwise and stays at two thirds of that.)
+    """
+    parts = np.array_split(data.view(np.int32), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        begin = time.perf_counter()
+        list(pool.map(np.max, parts))
+        return data.nbytes / (time.perf_counter() - begin)
+
+
+def read_buffer() -> npt.NDArray[np.int64]:
+    return np.ones(READ_BYTES // 8, np.int64)
+
+
+def interval(clusters: Sequence[Any], statistic: Callable[[Sequence[Any]], float], rounds: int = 2000,
+             seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of statistic(clusters), redrawing whole clusters (prompts): tokens of one prompt are
+    not independent."""
+    rng = np.random.default_rng(seed)
+    draws = [statistic([clusters[i] for i in rng.integers(len(clusters), size=len(clusters))]) for _ in range(rounds)]
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A Markdown table, columns aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, ["---"] * len(header), *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def verdict(figure: float, goal: float, *, at_most: bool = False) -> str:
+    """'met' or 'MISSED', beside the goal."""
+    met = figure <= goal if at_most else figure >= goal
+    return f"{'met' if met else 'MISSED'} (goal: {'at most' if at_most else 'at least'} {goal:g})"
+
+
+def progress(text: str) -> None:
+    """One line to stderr; stdout holds the report only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(record: dict[str, Any], path: str | None = None) -> None:
+    """The record as the last line of stdout, and as a file. NaN, which JSON does not know, becomes null."""
+    line = json.dumps(_without_nan(record), allow_nan=False)
+    if path:
+        Path(path).write_text(line + "\n")
+    print(line, flush=True)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
