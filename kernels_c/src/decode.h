@@ -94,6 +94,15 @@ INLINE void half_columns(const attention *a, const uint16_t *v, int64_t begin, i
         for (int j = 0; j < J; j++) vf_store(a->out + (h + m) * a->P + d + j * VL, sum[m][j]);
 }
 
+/* The denominators, key by key; with the heads side by side their additions need not wait for one another. */
+INLINE void half_sums(attention *a, int64_t begin, int64_t end, int h, const int H) {
+    float sum[HEADS];
+    for (int m = 0; m < H; m++) sum[m] = a->sum[h + m];
+    for (int64_t t = begin; t < end; t++)
+        for (int m = 0; m < H; m++) sum[m] += a->weights[(h + m) * a->T + t];
+    for (int m = 0; m < H; m++) a->sum[h + m] = sum[m];
+}
+
 INLINE void half_values(const attention *a, const uint16_t *v, int64_t begin, int64_t end, int h, const int H) {
     int64_t d = 0;
     for (; d + COLUMNS * VL <= a->P; d += COLUMNS * VL) half_columns(a, v, begin, end, d, COLUMNS, h, H);
@@ -156,15 +165,29 @@ INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, cons
         for (int i = 0; i < N; i++) vf_store(scores + m * T + i * VL, sum[0][m][i] + sum[1][m][i]);
 }
 
+/* VL bytes as floats; compilers take the generic conversion apart lane by lane. */
 INLINE vf vf_from_u8(const uint8_t *p) {
+#if defined(ISA_AVX512)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(ISA_AVX2)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
     vb x;
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+#endif
 }
+/* The same of signed bytes: flipping the sign bit adds 128. */
 INLINE vf vf_from_i8(const uint8_t *p) {
-    int8_t x __attribute__((vector_size(VL)));
+#if defined(ISA_AVX512)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(ISA_AVX2)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    vb x;
     memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+    return __builtin_convertvector(__builtin_convertvector(x ^ 0x80, vi) - 128, vf);
+#endif
 }
 
 /* scales and zeros: P bytes each. */
@@ -249,7 +272,7 @@ static void block_scores(const attention *a, const block *b) {
     }
     uint16_t bases[2];
     memcpy(bases, b->k_meta + 2 * D, 4);
-    float scale_step = bfloat_to_float(bases[0]) / 255, zero_step = bfloat_to_float(bases[1]) / 127;
+    float scale_step = bf16_value(bases[0]) / 255, zero_step = bf16_value(bases[1]) / 127;
     const uint8_t *words = b->k, *scales = b->k_meta, *zeros = scales + D;
     uint8_t whole[2 * MAX_HEAD_DIM];
     if (P != D) scales = pad(whole, scales, 2, D, P), zeros = scales + P;
@@ -287,14 +310,12 @@ static void block_values(attention *a, const block *b) {
                         if (scores[t] > a->max[h]) end = t;
             }
             for (int h = 0; h < a->n; h++) {
-                float *weights = a->weights + h * T, sum = a->sum[h];
+                float *weights = a->weights + h * T;
                 vf maximum = vf_set1(a->max[h]);
                 for (int64_t t = begin / VL * VL; t < end; t += VL)
                     vf_store(weights + t, vf_exp2(vf_load(a->scores + h * T + t) - maximum));
-                for (int64_t t = begin; t < end; t++) sum += weights[t];
-                a->sum[h] = sum;
             }
-#define CALL(h, H) half_values(a, v, begin, end, h, H)
+#define CALL(h, H) half_sums(a, begin, end, h, H), half_values(a, v, begin, end, h, H)
             BY_HEADS(a->n, CALL)
 #undef CALL
         }

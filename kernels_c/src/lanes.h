@@ -54,3 +54,10 @@ INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 /* The largest power of two that divides D: formats.rotation_block. */
 INLINE int64_t rotation_block(int64_t D) { return D & -D; }
+
+INLINE float bf16_value(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}

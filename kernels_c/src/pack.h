@@ -95,10 +95,10 @@ static void encode_k(const float *y, int bits, int64_t C, int64_t D, int64_t P, 
     float scale[MAX_HEAD_DIM], zero[MAX_HEAD_DIM], inverse[MAX_HEAD_DIM];
     for (int64_t i = 0; i < P; i += VL) fit_k(y + i, C, P, bits, scale + i, zero + i);
 
-    float largest = scale[0];
-    for (int64_t d = 1; d < D; d++) largest = MAX(largest, scale[d]);
+    float largest = -INFINITY;
+    for (int64_t d = 0; d < D; d++) largest = MAX(largest, scale[d]);
     uint16_t bases[2] = {bf16_up(largest)};
-    float step = bfloat_to_float(bases[0]) / 255;
+    float step = bf16_value(bases[0]) / 255;
     largest = 0;
     for (int64_t i = 0; i < P; i += VL) {
         vf s = vf_load(scale + i), z = vf_load(zero + i), units = step > 0 ? s / step : vf_set1(0);
@@ -112,7 +112,7 @@ static void encode_k(const float *y, int bits, int64_t C, int64_t D, int64_t P, 
     }
     for (int64_t d = 0; d < D; d++) largest = MAX(largest, fabsf(zero[d]));
     bases[1] = bf16_up(largest);
-    step = bfloat_to_float(bases[1]) / 127;
+    step = bf16_value(bases[1]) / 127;
     for (int64_t i = 0; i < P; i += VL) {
         vf units = step > 0 ? vf_load(zero + i) / step : vf_set1(0);
         vf_store(zero + i, vf_round(clip(units, -127, 127)));
@@ -163,7 +163,7 @@ static void encode_v(const float *y, int bits, int64_t C, int64_t D, int64_t P, 
         float limit = vf_hmax(largest), best = INFINITY;
         for (int attempt = 0; attempt < (bits == 8 ? 1 : 7); attempt++) {
             uint16_t s = bf16_up(limit * V_CLIP[attempt] * (2 / top));
-            float scale = bfloat_to_float(s), inverse = scale > 0 ? 1 / scale : 0;
+            float scale = bf16_value(s), inverse = scale > 0 ? 1 / scale : 0;
             float error = bits == 8 ? 0 : error_v(row, D, P, scale, inverse, half, top);
             if (attempt == 0 || error < best) {
                 best = error, inverses[t] = inverse;

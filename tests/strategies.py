@@ -1,0 +1,137 @@
+"""What hypothesis draws for the cache operations: shapes, widths, layouts and hostile values.
+
+COCKTAIL_EXAMPLES (default 120) is the number of examples per property and instruction set. Values come from a drawn
+seed and a drawn kind, so that an example is small and its arrays are not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from runtime.plan import FP16, HIDDEN, Layout, Tier, hidden_chunks
+
+EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "120"))
+LONG = 8192  # tokens; one case in twenty is longer
+WIDTHS = (2, 3, 4, 8, 16)
+KINDS = ("normal", "constant", "outliers", "denormals", "zeros", "largest", "one token", "steps")
+
+#: (k_bits, v_bits, head_dim, group) -> attention cases that read such a chunk; "long" and "cases" beside them.
+COVERAGE: Counter[Any] = Counter()
+
+several = settings(max_examples=EXAMPLES, deadline=None,
+                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+tiers = st.builds(Tier, st.sampled_from(WIDTHS), st.sampled_from(WIDTHS))
+real_head_dims = st.sampled_from((64, 80, 96, 128, 256))
+head_dims = st.one_of(real_head_dims, st.integers(1, 9).map(lambda i: 8 * i))
+chunk_sizes = st.one_of(st.sampled_from((8, 16, 32, 64)), st.integers(1, 32).map(lambda i: 8 * i))
+kinds = st.sampled_from(KINDS)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def values(kind: str, seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    """Finite float16 of shape (..., tokens, channels)."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if kind == "constant":  # every channel the same over all tokens, far from zero
+        x = np.broadcast_to(100 * x[..., :1, :], shape).copy()
+    elif kind == "outliers":
+        x[..., rng.integers(shape[-1])] += 1e4
+        x[rng.random(shape) < 0.01] = -1e4
+    elif kind == "denormals":
+        x *= 2.0**-22
+    elif kind == "zeros":
+        x *= rng.random(shape) < 0.1
+    elif kind == "largest":
+        x = 65504.0 * rng.choice((-1, 0, 1), shape)
+    elif kind == "one token":  # of all, one differs from zero
+        x *= np.arange(shape[-2])[:, None] == rng.integers(shape[-2])
+    elif kind == "steps":  # few distinct values: ties in every rounding
+        x = np.rint(2 * x) / 2
+    return np.clip(x, -65504, 65504).astype(np.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sequence in one layer, and the token that attends to it."""
+
+    layout: Layout
+    order: tuple[int, ...]  # the chunks, in the order in which regions hold them
+    assignment: tuple[int, ...]  # chunk -> tier
+    group: int
+    new: int  # tokens decoded before this one; its slot is the next
+    k_kind: str
+    v_kind: str
+    q_scale: float
+    seed: int
+
+    @property
+    def heads(self) -> int:
+        return self.group * self.layout.n_kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens up to and including the one that attends."""
+        return self.layout.prompt_tokens + self.new + 1
+
+    def chunks(self, tier: int) -> list[int]:
+        return [chunk for chunk in self.order if self.assignment[chunk] == tier]
+
+    def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """q (H, D), k and v (G, tokens, D); scores stay within a few thousand so that the bound means something."""
+        layout = self.layout
+        shape = layout.n_kv_heads, self.tokens, layout.head_dim
+        k, v = values(self.k_kind, self.seed, shape), values(self.v_kind, self.seed + 1, shape)
+        q = np.random.default_rng(self.seed + 2).standard_normal((self.heads, layout.head_dim))
+        return (self.q_scale * q / max(1.0, float(np.abs(k).max()) / 8)).astype(np.float32), k, v
+
+
+@st.composite
+def cases(draw: st.DrawFn, only: Tier | None = None) -> Case:
+    """Any mix of tiers, or `only` one tier in document order. One in twenty is longer than LONG tokens."""
+    long = draw(st.integers(0, 19)) == 0  # LONG tokens more
+    head_dim = draw(st.sampled_from((8, 64, 80))) if long else draw(head_dims)
+    chunk = draw(st.sampled_from((32, 64, 256))) if long else draw(chunk_sizes)
+    kv_heads = 1 if long else draw(st.integers(1, 3))
+    group = draw(st.integers(1, 3)) if long else draw(st.one_of(st.sampled_from((1, 3, 4, 8)), st.integers(1, 17)))
+    n_chunks = draw(st.one_of(st.integers(1, 6), st.integers(0, 6))) + long * LONG // chunk
+    prefix, remainder = draw(st.integers(0, 40)), draw(st.integers(0, chunk - 1))
+    suffix, max_new = draw(st.integers(0, 40)), draw(st.integers(1, 5))
+    tokens = prefix + n_chunks * chunk + remainder + suffix
+    window = draw(st.one_of(st.none(), st.integers(1, tokens + 8)))
+    hidden = hidden_chunks(prefix, chunk, n_chunks, tokens, window) if draw(st.booleans()) else range(0)
+    chosen = [only] if only else draw(st.lists(tiers, min_size=1, max_size=4, unique=True))
+    rng = np.random.default_rng(draw(seeds))
+    assignment = [int(i) for i in rng.integers(len(chosen), size=n_chunks)]
+    for i in hidden:
+        assignment[i] = len(chosen)
+    order = list(range(n_chunks))
+    if not only and draw(st.booleans()):
+        rng.shuffle(order)
+    stored = [*chosen, HIDDEN]  # a tier without a chunk gives an empty span
+    layout = Layout(
+        n_layers=1, n_kv_heads=kv_heads, head_dim=head_dim, chunk=chunk, n_chunks=n_chunks, prefix=prefix,
+        remainder=remainder, suffix=suffix, max_new=max_new, window=window, tiers=tuple(stored),
+        counts=(tuple(assignment.count(tier) for tier in range(len(stored))),))
+    return Case(layout, tuple(order), tuple(assignment), group, draw(st.integers(0, max_new - 1)), draw(kinds),
+                draw(kinds), draw(st.sampled_from((0.0, 0.3, 1.0, 4.0))), draw(seeds))
+
+
+dense_cases = cases(only=FP16)
+
+
+def count(case: Case) -> None:
+    """Enter a case in the coverage table."""
+    COVERAGE["cases"] += 1
+    COVERAGE["long"] += case.tokens > LONG
+    for tier, n in zip(case.layout.tiers, case.layout.counts[0], strict=True):
+        if n and tier != HIDDEN:
+            COVERAGE[tier.k_bits, tier.v_bits, case.layout.head_dim, case.group] += 1
