@@ -12,7 +12,7 @@ from runtime.backend import Backend, load_backend
 from runtime.chat import ChatTemplate, encode_messages
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
-from runtime.errors import PromptError, TokenizerError
+from runtime.errors import BackendError, PromptError, TokenizerError
 from runtime.model import Model as Engine
 from runtime.plan import FP16, DocumentShape, Plan
 from runtime.sampler import SamplingParams
@@ -34,9 +34,13 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None)
             raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
                                  f"{checkpoint.config.vocab_size}; they do not belong together")
         template = ChatTemplate.from_checkpoint(checkpoint)
-        chosen = load_backend(backend, threads)
+        config, chosen = checkpoint.config, load_backend(backend, threads)
+        try:
+            chosen.check_model(config.n_heads, config.n_kv_heads, config.head_dim)
+        except RuntimeError as error:
+            raise BackendError(f"backend {chosen.name} cannot run this model: {error}") from error
         weights = load_weights(checkpoint, chosen)
-        return Model(Engine(checkpoint.config, weights, chosen), tokenizer, template)
+        return Model(Engine(config, weights, chosen), tokenizer, template)
 
 
 class Model:

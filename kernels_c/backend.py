@@ -40,6 +40,12 @@ class CpuBackend(CacheOps):
     def kernels(self) -> dict[str, str]:
         return {name: f"{name}_{self.isa}" for name in _OPERATIONS} | super().kernels()
 
+    def check_model(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        """KernelError for attention of a shape that the kernels do not have."""
+        _check_head_dim(head_dim)
+        if heads % kv_heads:
+            raise KernelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
+
     # memory ----------------------------------------------------------------------------------------------------
     def matrix(self, data: npt.NDArray[Any], dtype: str) -> Matrix:
         """Keeps the view: a memory-mapped matrix stays in the file, at any alignment."""

@@ -5,6 +5,9 @@ slicing along the first axis and `.shape`. Everything a decode step touches is a
 keeps its address; the position and the tail's length live in an int32 state buffer, so that a backend may capture
 the whole step once and replay it.
 
+A backend raises MemoryError where memory is short and a RuntimeError of its own (KernelError) for what it cannot run;
+callers in the runtime turn both into CocktailErrors.
+
 Letters: T tokens (rows), E hidden size, H query heads, G KV heads, D head_dim, I MLP size, V vocabulary, S slots.
 """
 
@@ -73,6 +76,9 @@ class Backend(Protocol):
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
+
+    def check_model(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Raises RuntimeError, naming what is unsupported, where the backend has no kernel for such attention."""
 
     # memory ----------------------------------------------------------------------------------------------------
     def matrix(self, data: npt.NDArray[Any], dtype: str) -> Matrix:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import Cache
-from runtime.errors import PromptError
+from runtime.errors import OutOfMemory, PromptError
 from runtime.model import TILE, Model, StepBuffers, decode_step, prefill
 from runtime.plan import Plan
 from runtime.sampler import Sampler, SamplingParams
@@ -108,11 +108,14 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: P
     for cache, plan in zip(caches, plans, strict=True):
         cache.assign(plan)
     begin = time.perf_counter()
-    rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
-    logits = model.backend.empty((1, config.vocab_size), np.float32)
-    for done, total in prefill(model, prompt, rope, caches, logits, tile):
-        if progress is not None:
-            progress(done, total)
+    try:
+        rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
+        logits = model.backend.empty((1, config.vocab_size), np.float32)
+        for done, total in prefill(model, prompt, rope, caches, logits, tile):
+            if progress is not None:
+                progress(done, total)
+    except MemoryError as error:
+        raise OutOfMemory(f"no memory to read {len(prompt)} tokens: {error}; a shorter context needs less") from error
     first = model.backend.download(logits).copy()
     timing = Timing(prefill=time.perf_counter() - begin, pack=sum(cache.pack_seconds for cache in caches))
     return Reading(model, tuple(prompt), caches, rope, first, timing)

@@ -22,6 +22,9 @@ class NumpyBackend:
     def kernels(self):
         return {"all": "numpy"}
 
+    def check_model(self, heads, kv_heads, head_dim):
+        pass
+
     def matrix(self, data, dtype):
         return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if dtype == "BF16" else data.astype(
             np.float64)

@@ -1,0 +1,144 @@
+"""Document: plans, answers, teacher forcing and comparisons agree with one another; misuse is refused by name."""
+
+import numpy as np
+import pytest
+import tiny_model
+
+import cocktail
+from runtime.errors import BackendError, OutOfMemory, PlanError, PromptError
+from runtime.plan import Plan
+from runtime.sampler import SamplingParams
+
+QUESTION = "Who mended the cracked iron pan?"
+
+
+@pytest.fixture(scope="module")
+def text():
+    from pathlib import Path
+    return (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return cocktail.load(tiny_model.save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def doc(model, text):
+    return model.read(text[:5000])
+
+
+def test_compare_equals_single_runs(doc):
+    plans = {"fp16": doc.plan(QUESTION, policy="fp16", max_tokens=10),
+             "budget": doc.plan(QUESTION, max_tokens=10, kv_bits=4),
+             "cocktail": doc.plan(QUESTION, policy="cocktail", max_tokens=10)}
+    compared = doc.compare(QUESTION, plans, max_tokens=10)
+    reference = compared["fp16"].ids
+    for name, plan in plans.items():
+        answer = doc.ask(QUESTION, plan=plan)
+        assert answer.ids == compared[name].ids
+        assert answer.text == compared[name].text
+        assert answer.stats.cache_bytes == compared[name].arena_bytes
+        np.testing.assert_array_equal(doc.logits(QUESTION, reference, plan=plan), compared[name].logits)
+    np.testing.assert_array_equal(compared["fp16"].logits.argmax(-1), reference)
+    # The first token comes from the exact prefill whatever the plan, later ones have read the mixed cache.
+    np.testing.assert_array_equal(compared["budget"].logits[0], compared["fp16"].logits[0])
+    assert (compared["budget"].logits[1:] != compared["fp16"].logits[1:]).any()
+
+
+def test_a_plan_survives_json(doc):
+    plan = doc.plan(QUESTION, max_tokens=8)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert doc.ask(QUESTION, plan=again).ids == doc.ask(QUESTION, plan=plan).ids
+
+
+def test_context_ids_do_not_depend_on_the_question(doc):
+    ids = {doc.prompt(query)[: len(doc.prefix_ids) + len(doc.context_ids)] for query in (QUESTION, "", "\n <|end|>")}
+    assert ids == {(*doc.prefix_ids, *doc.context_ids)}
+
+
+def test_streamed_pieces_join_to_the_answer(doc):
+    stream = doc.ask(QUESTION, max_tokens=12, stream=True)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text
+    assert stream.answer.finish_reason == "length"
+
+
+def test_a_stop_string_ends_the_answer_before_it(doc):
+    whole = doc.ask(QUESTION, max_tokens=20).text
+    stop = whole[len(whole) // 2 :][:3]
+    answer = doc.ask(QUESTION, max_tokens=20, stop=[stop])
+    assert answer.text == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+def test_ctrl_c_in_prefill_and_between_tokens_keeps_what_there_is(doc):
+    def interrupt(stage, done, total):
+        if stage == "prefill":
+            raise KeyboardInterrupt
+    answer = doc.ask(QUESTION, max_tokens=4, progress=interrupt)
+    assert (answer.finish_reason, answer.ids, answer.text) == ("interrupted", (), "")
+
+    stream = doc.ask(QUESTION, max_tokens=50, stream=True)
+    first = next(stream)
+    stream.close()
+    assert stream.answer.finish_reason == "interrupted"
+    assert stream.answer.text == first
+    assert len(stream.answer.ids) < 50
+
+
+def test_sampling_repeats_with_its_seed_and_changes_with_it(doc):
+    def ids(seed):
+        return doc.ask(QUESTION, max_tokens=12, sampling=SamplingParams(temperature=1.5, seed=seed)).ids
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+
+
+def test_without_any_question_the_end_of_the_document_is_scored(doc):
+    plan = doc.plan("", max_tokens=4, scorer="bm25")
+    assert max(plan.scores) > 0
+
+
+def test_misuse_is_refused(doc, model, text):
+    plan = doc.plan(QUESTION, max_tokens=4)
+    with pytest.raises(PlanError, match="kv_bits would change nothing"):
+        doc.ask(QUESTION, plan=plan, kv_bits=3)
+    with pytest.raises(PlanError, match="room for 4"):
+        doc.ask(QUESTION, plan=plan, max_tokens=5)
+    with pytest.raises(PlanError, match="does not fit"):
+        model.read(text[:4000]).ask(QUESTION, plan=plan)
+    with pytest.raises(PlanError, match="no option alpha"):
+        doc.ask(QUESTION, alpha=0.5)
+    with pytest.raises(PlanError, match="chunk"):
+        model.read(text, chunk=33)
+    with pytest.raises(PromptError, match="context is empty"):
+        model.read("")
+    with pytest.raises(PromptError, match="8192 positions"):
+        model.read(text * 3).ask(QUESTION)
+    with pytest.raises(PromptError, match="at least 1"):
+        doc.ask(QUESTION, max_tokens=0)
+    with pytest.raises(PromptError, match="stop string is empty"):
+        doc.ask(QUESTION, stop=[""])
+    with pytest.raises(PromptError, match="prompt is empty"):
+        model.generate("", raw=True)
+
+
+def test_memory_that_does_not_suffice_is_named(doc, model, monkeypatch):
+    def refuse(nbytes):
+        raise MemoryError("nothing left")
+    monkeypatch.setattr(model.backend, "arena", refuse)
+    with pytest.raises(OutOfMemory, match=r"cache needs .* MiB: nothing left"):
+        doc.ask(QUESTION, max_tokens=2)
+
+
+def test_a_head_size_without_a_kernel_is_refused_at_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny_model.CONFIG, "head_dim", 12)
+    with pytest.raises(BackendError, match="multiple of 8"):
+        cocktail.load(tiny_model.save_tiny_model(tmp_path), backend="cpu", threads=1)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(BackendError, match="unknown backend"):
+        from runtime.backend import load_backend
+        load_backend("tpu")
