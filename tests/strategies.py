@@ -97,7 +97,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, only: Tier | None = None) -> Case:
     """Any mix of tiers, or `only` one tier in document order. One in twenty is longer than LONG tokens."""
-    long = draw(st.integers(0, 19)) == 0  # LONG tokens more
+    long = draw(st.integers(0, 19)) == 13  # LONG tokens more; hypothesis draws the ends of a range too often
     head_dim = draw(st.sampled_from((8, 64, 80))) if long else draw(head_dims)
     chunk = draw(st.sampled_from((32, 64, 256))) if long else draw(chunk_sizes)
     kv_heads = 1 if long else draw(st.integers(1, 3))

@@ -13,4 +13,5 @@
 
 #include "lanes.h"
 #include "pack.h"
+#include "kv.h"
 #include "decode.h"
