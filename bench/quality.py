@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,9 @@ def _print(rows: Sequence[Mapping[str, Any]], samples: Mapping[Setting, Sequence
          "recall paraphrased"],
         [[r["setting"], f"{r['bpv']:.2f}", f"{r['kl']:.4f} ({r['kl_low']:.4f}-{r['kl_high']:.4f})",
           f"{r['kl_p99']:.3f}", *(f"{r[key]:.2f}" for key in RATES)] for r in rows])
-    print("\nfloor: fp16, KL 0 by definition; the accuracies of its row are the model's own. A model this small, with "
+    kinds = Counter(f"{sample.task} {sample.kind}" for sample in next(iter(samples.values())))
+    print("\nprompts: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    print("floor: fp16, KL 0 by definition; the accuracies of its row are the model's own. A model this small, with "
           "4-bit weights\nand D = 64, overstates what low bits cost.\n")
     by_name = {(s.policy, s.kv_bits, s.scorer): s for s in samples}
     for setting in samples:
