@@ -2,6 +2,10 @@
 #ifndef COCKTAIL_COMMON_H
 #define COCKTAIL_COMMON_H
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "these kernels need GCC 12 or later, or clang: set CC to one of them"
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <stdatomic.h>
