@@ -179,11 +179,16 @@ def test_a_model_that_is_none_is_one_line(cli, folder, damage):
     assert damage in err
 
 
+def heed_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and Python children keep that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_control_c_keeps_what_was_generated(folder):
     arguments = [str(folder / "plain.safetensors"), "--query", "Once", "--max-tokens", "8000", "--backend", "cpu",
                  "--threads", "1", "--stats", "json"]
     process = subprocess.Popen([sys.executable, "-m", "cocktail.run", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
     begin = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)

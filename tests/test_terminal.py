@@ -50,6 +50,7 @@ def in_terminal(line: list[str], *steps: tuple[str, str | signal.Signals]) -> tu
     """
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it, and its children too
         os.execv(line[0], line)
     shown, seen, waiting = "", 0, list(steps)
     try:
