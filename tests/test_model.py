@@ -99,6 +99,7 @@ def test_logits_equal_transformers(case, backend):
     ids = ids_for(model.config)
     actual = read(model, ids[:PROMPT], [all_fp16(model.config)]).force(ids[PROMPT:])
     error = np.abs(actual - expected).max()
+    print(f"\n{folder.name} on {backend.name}: max abs logit error {error:.1e}")
     assert error < 2e-3, f"max abs logit error {error:.2e} at logits of magnitude {np.abs(expected).max():.1f}"
 
 
