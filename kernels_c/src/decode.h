@@ -6,7 +6,7 @@
  *
  * Quantized K: the query is rotated once; per chunk its channels take the scales and the zeros become one number, so
  * that a score is a plain sum of codes, lanes = tokens. Quantized V: the probability takes the token's scale, lanes =
- * channels; the levels' centre is subtracted once per chunk, and the sum is rotated back at the end.
+ * channels; codes count from the levels' centre, and the sum is rotated back at the end.
  *
  * FP16 K and V: a key's score is the same function of q and k wherever it lies, and maximum, denominator and output
  * advance key by key. An all-FP16 plan in document order therefore gives the bits that one dense tail gives. */
@@ -46,7 +46,7 @@ static void block_scores(const attention *a, const block *b) {
 static void raise_maximum(attention *a, int h, float score) {
     float maximum = ceilf(score), step = a->max[h] - maximum, factor = ldexpf(1, (int)MAX(step, -1000.0f));
     a->max[h] = maximum;
-    a->sum[h] *= factor;
+    a->sum[h] *= factor, a->sums[h] *= factor;
     for (int64_t d = h * a->P; d < (h + 1) * a->P; d++) a->out[d] *= factor, a->rotated[d] *= factor;
 }
 
@@ -86,17 +86,15 @@ static void block_values(attention *a, const block *b) {
     }
     for (int h = 0; h < a->n; h++) {
         const float *scores = a->scores + h * T;
-        vf largest = vf_load(scores), sum = vf_set1(0), scaled = vf_set1(0);
+        vf largest = vf_load(scores), sum = vf_set1(0);
         for (int64_t t = VL; t < n; t += VL) largest = vf_max(largest, vf_load(scores + t));
-        float top = vf_hmax(largest);
-        if (top > a->max[h]) raise_maximum(a, h, top);
+        if (vf_any(largest > vf_set1(a->max[h]))) raise_maximum(a, h, vf_hmax(largest));
         for (int64_t t = 0; t < n; t += VL) {
-            vf p = vf_exp2(vf_load(scores + t) - vf_set1(a->max[h])), weight = p * vf_load(scales + t);
-            vf_store(a->weights + h * T + t, weight);
-            sum += p, scaled += weight;
+            vf p = vf_exp2(vf_load(scores + t) - vf_set1(a->max[h]));
+            vf_store(a->weights + h * T + t, p * vf_load(scales + t));
+            sum += p;
         }
-        a->sum[h] += vf_sum(sum);
-        a->centre[h] = vf_sum(scaled) * (((1 << b->v_bits) - 1) * 0.5f);
+        a->sums[h] += sum;
     }
     const uint8_t *words = b->v;
     if (a->P != a->D) words = pad(a->padded, words, (a->C * b->v_bits + 31) / 32, 4 * a->D, 4 * a->P);
@@ -185,9 +183,10 @@ static void attend_head(void *ctx, int64_t g) {
         attend_tail(&a, c, g, head, visible, oldest);
         for (int64_t m = 0; m < a.n; m++) {
             float *out = x->out + (g * group + h + m) * D, *rotated = a.rotated + m * P;
+            float sum = a.sum[m] + vf_sum(a.sums[m]);
             if (rotates) hadamard(rotated, P, rotation_block(D));
             for (int64_t d = 0; d < D; d++)
-                out[d] = (rotates ? a.out[m * P + d] + rotated[d] : a.out[m * P + d]) / a.sum[m];
+                out[d] = (rotates ? a.out[m * P + d] + rotated[d] : a.out[m * P + d]) / sum;
         }
     }
 }

@@ -15,7 +15,8 @@ typedef struct {
     float *scores;         /* (n, T); -infinity hides a token */
     float *weights;        /* (n, T): what values are multiplied by */
     uint8_t *padded;
-    float max[GROUP], sum[GROUP], centre[GROUP];
+    float max[GROUP], sum[GROUP]; /* sum: the denominator's part of FP16 values */
+    vf sums[GROUP];               /* and that of quantized ones, to be summed over the lanes */
 } attention;
 
 /* call(h, H) for blocks of H query heads from h on; H is a constant in each call, so accumulators stay in registers. */
@@ -96,44 +97,43 @@ INLINE void half_values(const attention *a, const uint16_t *v, int64_t begin, in
 
 INLINE vu vu_load(const void *p) { return (vu)vi_load(p); }
 
-/* The low `bits` of each lane as a float. A permutation reads only the lane number's low bits of its index, so a table
- * of codes that repeats needs neither a mask nor a conversion. */
-INLINE vf expand(vu x, const int bits) {
+/* The low `bits` of each lane as a float, less `centre`. A permutation reads only the lane number's low bits of its
+ * index, so a table of codes that repeats needs neither a mask nor a conversion. */
+INLINE vf expand(vu x, const int bits, const float centre) {
+    const int mask = (1 << bits) - 1;
 #if defined(ISA_AVX512)
-    if (bits <= 4)
-        return (vf)_mm512_permutexvar_ps((__m512i)x,
-                                         (__m512)__builtin_convertvector(vi_iota() & ((1 << bits) - 1), vf));
+    vf table = __builtin_convertvector(vi_iota() & mask, vf) - centre;
+    if (bits <= 4) return (vf)_mm512_permutexvar_ps((__m512i)x, (__m512)table);
 #elif defined(ISA_AVX2)
-    if (bits <= 3)
-        return (vf)_mm256_permutevar8x32_ps((__m256)__builtin_convertvector(vi_iota() & ((1 << bits) - 1), vf),
-                                            (__m256i)x);
+    vf table = __builtin_convertvector(vi_iota() & mask, vf) - centre;
+    if (bits <= 3) return (vf)_mm256_permutevar8x32_ps((__m256)table, (__m256i)x);
 #endif
-    return __builtin_convertvector((vi)(x & ((1u << bits) - 1)), vf);
+    return __builtin_convertvector((vi)x & mask, vf) - centre;
 }
 
 /* Code i of VL bit streams; word w of lane 0 is at words + w * stride bytes. */
-INLINE vf code(const uint8_t *words, int64_t stride, int64_t i, const int bits) {
+INLINE vf code(const uint8_t *words, int64_t stride, int64_t i, const int bits, const float centre) {
     int shift = i * bits % 32;
     words += i * bits / 32 * stride;
     vu x = vu_load(words) >> shift;
     if (shift + bits > 32) x |= vu_load(words + stride) << (32 - shift);
-    return expand(x, bits);
+    return expand(x, bits, centre);
 }
 
 /* N vectors of tokens; bias and folded belong to H query heads. The unrolled loop's shifts are constants. */
 INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, const uint8_t *words, int64_t stride,
                          int64_t D, const int bits, const int N, float *scores, int64_t T, const int H) {
-    enum { CHAINS = 2 }; /* with one or two query heads, even and odd channels apart keep the FMA units busy */
-    const int chains = H <= 2 ? 2 : 1, per = bits == 3 ? 32 : 32 / bits;
+    enum { CHAINS = 2 }; /* even and odd channels apart keep the FMA units busy, where there are registers for it */
+    const int chains = VL >= 16 || H <= 2 ? 2 : 1, per = bits == 3 ? 32 : 32 / bits;
     vf sum[CHAINS][HEADS][2];
     for (int m = 0; m < H; m++)
-        for (int i = 0; i < N; i++) sum[0][m][i] = vf_set1(bias[m]), sum[1][m][i] = vf_set1(0);
+        for (int i = 0; i < N; i++) sum[0][m][i] = sum[1][m][i] = vf_set1(0);
     int64_t d = 0;
     for (; d + per <= D; d += per, words += per * bits / 32 * stride) {
 #pragma GCC unroll 32
         for (int c = 0; c < per; c++) {
             vf x[2];
-            for (int i = 0; i < N; i++) x[i] = code(words + 4 * VL * i, stride, c, bits);
+            for (int i = 0; i < N; i++) x[i] = code(words + 4 * VL * i, stride, c, bits, 0);
             for (int m = 0; m < H; m++) {
                 vf q = vf_set1(folded[m * P + d + c]);
                 for (int i = 0; i < N; i++) sum[c % chains][m][i] = vf_fma(q, x[i], sum[c % chains][m][i]);
@@ -143,10 +143,10 @@ INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, cons
     for (int c = 0; d + c < D; c++)
         for (int m = 0; m < H; m++)
             for (int i = 0; i < N; i++)
-                sum[0][m][i] = vf_fma(vf_set1(folded[m * P + d + c]), code(words + 4 * VL * i, stride, c, bits),
+                sum[0][m][i] = vf_fma(vf_set1(folded[m * P + d + c]), code(words + 4 * VL * i, stride, c, bits, 0),
                                       sum[0][m][i]);
     for (int m = 0; m < H; m++)
-        for (int i = 0; i < N; i++) vf_store(scores + m * T + i * VL, sum[0][m][i] + sum[1][m][i]);
+        for (int i = 0; i < N; i++) vf_store(scores + m * T + i * VL, sum[0][m][i] + sum[1][m][i] + bias[m]);
 }
 
 /* VL bytes as floats; compilers take the generic conversion apart lane by lane. */
@@ -197,18 +197,18 @@ INLINE void coded_scores(const attention *a, const uint8_t *words, const uint8_t
 INLINE void coded_columns(const attention *a, const uint8_t *words, const int bits, int64_t d, const int J, int h,
                           const int H) {
     const int per = bits == 3 ? 32 : 32 / bits;
+    const float centre = ((1 << bits) - 1) * 0.5f;
     int64_t stride = 4 * a->P, t = 0;
     const float *weights = a->weights + h * a->T;
     vf sum[HEADS][COLUMNS];
     words += 4 * d;
     for (int m = 0; m < H; m++)
-        for (int j = 0; j < J; j++)
-            sum[m][j] = vf_load(a->rotated + (h + m) * a->P + d + j * VL) - vf_set1(a->centre[h + m]);
+        for (int j = 0; j < J; j++) sum[m][j] = vf_load(a->rotated + (h + m) * a->P + d + j * VL);
     for (; t + per <= a->C; t += per, words += per * bits / 32 * stride) {
 #pragma GCC unroll 32
         for (int c = 0; c < per; c++) {
             vf x[COLUMNS];
-            for (int j = 0; j < J; j++) x[j] = code(words + 4 * VL * j, stride, c, bits);
+            for (int j = 0; j < J; j++) x[j] = code(words + 4 * VL * j, stride, c, bits, centre);
             for (int m = 0; m < H; m++) {
                 vf weight = vf_set1(weights[m * a->T + t + c]);
                 for (int j = 0; j < J; j++) sum[m][j] = vf_fma(weight, x[j], sum[m][j]);
@@ -218,8 +218,8 @@ INLINE void coded_columns(const attention *a, const uint8_t *words, const int bi
     for (int c = 0; t + c < a->C; c++)
         for (int m = 0; m < H; m++)
             for (int j = 0; j < J; j++)
-                sum[m][j] = vf_fma(vf_set1(weights[m * a->T + t + c]), code(words + 4 * VL * j, stride, c, bits),
-                                   sum[m][j]);
+                sum[m][j] = vf_fma(vf_set1(weights[m * a->T + t + c]),
+                                   code(words + 4 * VL * j, stride, c, bits, centre), sum[m][j]);
     for (int m = 0; m < H; m++)
         for (int j = 0; j < J; j++) vf_store(a->rotated + (h + m) * a->P + d + j * VL, sum[m][j]);
 }

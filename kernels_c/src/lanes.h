@@ -50,6 +50,19 @@ INLINE vf lanes_sums(vf v[VL]) {
     return FOLD(v[0], v[1], 1);
 }
 
+/* Whether a comparison holds in any lane. */
+INLINE bool vf_any(vi mask) {
+#if defined(ISA_AVX512)
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(ISA_AVX2)
+    return _mm256_movemask_epi8((__m256i)mask);
+#else
+    int64_t halves[2];
+    memcpy(halves, &mask, sizeof mask);
+    return halves[0] | halves[1];
+#endif
+}
+
 INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 /* The largest power of two that divides D: formats.rotation_block. */
