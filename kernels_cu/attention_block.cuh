@@ -1,0 +1,257 @@
+/* One block of T tokens in a slot: scores, running softmax, values. s[r][n][h] is the score of token 8 * r + g under
+ * head 8 * n + 2 * t + h, where lane = 4 * g + t. */
+#include "attention_copy.cuh"
+
+/* A lane's N words: vectors of four, two and one, lanes side by side. */
+template <int N> INLINE void load_words(u32 (&w)[N > 0 ? N : 1], const u8 *from, i32 lane) {
+#pragma unroll
+    for (i32 i = 0; i < N / 4; i++) {
+        const uint4 v = ((const uint4 *)from)[i * WARP + lane];
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+    from += N / 4 * 16 * WARP;
+    if (N % 4 >= 2) {
+        const uint2 v = ((const uint2 *)from)[lane];
+        w[N / 4 * 4] = v.x, w[N / 4 * 4 + 1] = v.y;
+        from += 8 * WARP;
+    }
+    if (N % 2) w[N - 1] = ((const u32 *)from)[lane];
+}
+
+/* BYTES (4, 8 or 16) as words. */
+template <int BYTES> INLINE void load_vector(u32 *w, const u8 *from) {
+    if (BYTES == 16) {
+        const uint4 v = *(const uint4 *)from;
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    } else if (BYTES == 8) {
+        const uint2 v = *(const uint2 *)from;
+        w[0] = v.x, w[1] = v.y;
+    } else
+        w[0] = *(const u32 *)from;
+}
+
+template <class C> INLINE u32 pair_at(const u32 *w, const u8 *codes, int pair, i32 lane) {
+    return pair < C::IN_UNITS ? C::extract(w + pair / C::UNIT * C::UNIT_WORDS, pair % C::UNIT)
+                              : C::extract_rest(codes, pair - C::IN_UNITS, lane);
+}
+
+/* Quantized K. */
+template <int BITS, int T> INLINE void block_scores(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, i32 lane) {
+    typedef Codes<true, BITS, T> C;
+    constexpr int R = T / 8;
+    const i32 t = lane % 4;
+    float c[(R + 1) / 2][TILES][4] = {}, zeros[TILES][4];
+    u32 words[C::WORDS > 0 ? C::WORDS : 1];
+    load_words<C::WORDS>(words, slot, lane);
+    const u8 *const meta = slot + C::BYTES;
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++) /* zeros are stored plus 128 */
+        zeros[n][0] = zeros[n][2] = query.total[8 * n + 2 * t] * (-128 / SUBNORMAL_UNIT),
+        zeros[n][1] = zeros[n][3] = query.total[8 * n + 2 * t + 1] * (-128 / SUBNORMAL_UNIT);
+#pragma unroll
+    for (i32 step = 0; step < D / 16; step++) {
+        const uint2 m = ((const uint2 *)meta)[step * 4 + t]; /* 4 scales, 4 zeros */
+        u32 scale[2], zero[4];
+#pragma unroll
+        for (i32 i = 0; i < 2; i++) { /* bytes to halves: 0x6400 + s is 1024 + s */
+            const u32 fold = 0x3c003c00 - C::bit(2 * step + i) * 0x04000400; /* 2^-bit */
+            const u32 minus_1024 = 0xe400e400 - C::bit(2 * step + i) * 0x04000400;
+            scale[i] = fma_half2(__byte_perm(m.x, 0x64646464, i ? 0x4342 : 0x4140), fold, minus_1024);
+            zero[2 * i] = zero[2 * i + 1] = __byte_perm(m.y, 0, i ? 0x4342 : 0x4140);
+        }
+        u32 a[(R + 1) / 2][4];
+#pragma unroll
+        for (i32 r = 0; r < (R + 1) / 2 * 2; r++)
+#pragma unroll
+            for (i32 i = 0; i < 2; i++)
+                a[r / 2][r % 2 + 2 * i] = r < R ? pair_at<C>(words, slot, C::pair(2 * step + i, r), lane) : 0;
+#pragma unroll
+        for (i32 n = 0; n < TILES; n++) {
+            const uint2 b = query.fragments[step][n][lane];
+            const u32 b0 = mul_half2(b.x, scale[0]), b1 = mul_half2(b.y, scale[1]);
+            mma_half(zeros[n], zero, b.x, b.y);
+#pragma unroll
+            for (i32 m = 0; m < (R + 1) / 2; m++) mma_half(c[m][n], a[m], b0, b1);
+        }
+    }
+    const u32 bases = *(const u32 *)(meta + 2 * D);
+    const float scale_step = __uint_as_float(bases << 16) * (SUBNORMAL_UNIT / 255);
+    const float zero_step = __uint_as_float(bases & 0xffff0000) * (SUBNORMAL_UNIT / 127);
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+            const float unit = query.unit[8 * n + 2 * t + h], zero = zeros[n][h] * (zero_step * unit);
+#pragma unroll
+            for (i32 r = 0; r < R; r++) s[r][n][h] = c[r / 2][n][r % 2 * 2 + h] * (scale_step * unit) + zero;
+        }
+}
+
+template <int T> INLINE void block_scores_half(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, i32 lane) {
+    constexpr int R = T / 8;
+    const i32 t = lane % 4;
+    float c[(R + 1) / 2][TILES][4] = {};
+#pragma unroll
+    for (i32 i = 0; i < K_VECTORS; i++) {
+        u32 w[(R + 1) / 2 * 2][K_VECTOR] = {};
+#pragma unroll
+        for (i32 r = 0; r < R; r++) load_vector<4 * K_VECTOR>(w[r], slot + half_k_at(r, i, lane) * 4 * K_VECTOR);
+#pragma unroll
+        for (i32 x = 0; x < K_VECTOR; x += 2)
+#pragma unroll
+            for (i32 n = 0; n < TILES; n++) {
+                const uint2 b = query.fragments[(i * K_VECTOR + x) / 2][n][lane];
+#pragma unroll
+                for (i32 m = 0; m < (R + 1) / 2; m++) {
+                    const u32 a[4] = {w[2 * m][x], w[2 * m + 1][x], w[2 * m][x + 1], w[2 * m + 1][x + 1]};
+                    mma_half(c[m][n], a, b.x, b.y);
+                }
+            }
+    }
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+            const float unit = query.unit[8 * n + 2 * t + h];
+#pragma unroll
+            for (i32 r = 0; r < R; r++) s[r][n][h] = c[r / 2][n][r % 2 * 2 + h] * unit;
+        }
+}
+
+/* Raise maximum and v_top above `top` (this lane's largest scores) and `scale` (its largest V scale) where needed. */
+INLINE void raise(Running &x, float (&top)[TILES][LANE_HEADS], float scale) {
+    float v_factor = 1;
+#pragma unroll
+    for (i32 lane = 4; lane < WARP; lane *= 2) scale = fmaxf(scale, __shfl_xor_sync(FULL, scale, lane));
+    if (scale > x.v_top) {
+        const float v_top = 4 * __int_as_float((__float_as_int(scale) + 0x7fffff) & 0x7f800000);
+        v_factor = x.v_top * inverse_power(v_top);
+        x.v_top = v_top;
+    }
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+#pragma unroll
+            for (i32 lane = 4; lane < WARP; lane *= 2)
+                top[n][h] = fmaxf(top[n][h], __shfl_xor_sync(FULL, top[n][h], lane));
+            float factor = 1;
+            if (top[n][h] > x.maximum[n][h]) {
+                const float maximum = ceilf(top[n][h]) + SLACK;
+                factor = rescale_factor(x.maximum[n][h] - maximum);
+                x.maximum[n][h] = maximum;
+            }
+            x.sum[n][h] *= factor;
+            x.centre[n][h] *= factor * v_factor;
+#pragma unroll
+            for (i32 m = 0; m < D / 16; m++)
+                x.out[m][n][h] *= factor * v_factor, x.out[m][n][h + 2] *= factor * v_factor;
+        }
+}
+
+/* Scores to probabilities p (operand B of V: token octet r, head tile n), times V's scales where V has some. */
+template <int V_BITS, int T>
+INLINE void block_softmax(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], u32 (&p)[(T / 8 + 1) / 2 * 2][TILES],
+                          const u8 *v_meta, i32 lane) {
+    constexpr int R = T / 8;
+    float scale[R], largest = 0, top[TILES][LANE_HEADS];
+    if (V_BITS < 16) {
+        u16 stored[R];
+        if (R == 4) {
+            const uint2 four = ((const uint2 *)v_meta)[lane / 4];
+            stored[0] = (u16)four.x, stored[R - 3] = (u16)(four.x >> 16);
+            stored[R - 2] = (u16)four.y, stored[R - 1] = (u16)(four.y >> 16);
+        } else
+#pragma unroll
+            for (i32 r = 0; r < R; r++) stored[r] = ((const u16 *)v_meta)[lane / 4 * R + r];
+#pragma unroll
+        for (i32 r = 0; r < R; r++) scale[r] = bf16_to_float(stored[r]), largest = fmaxf(largest, scale[r]);
+    }
+    bool higher = largest > x.v_top;
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+            top[n][h] = s[0][n][h];
+#pragma unroll
+            for (i32 r = 1; r < R; r++) top[n][h] = fmaxf(top[n][h], s[r][n][h]);
+            higher |= top[n][h] > x.maximum[n][h];
+        }
+    if (__any_sync(FULL, higher)) raise(x, top, largest);
+    if (V_BITS < 16) {
+        const float inverse = inverse_power(x.v_top);
+#pragma unroll
+        for (i32 r = 0; r < R; r++)
+            scale[r] *= inverse * power_of_two(-Codes<false, V_BITS < 16 ? V_BITS : 2, T>::bit(r));
+    }
+#pragma unroll
+    for (i32 r = 0; r < R; r++)
+#pragma unroll
+        for (i32 n = 0; n < TILES; n++) {
+            float w[2] = {};
+#pragma unroll
+            for (i32 h = 0; h < LANE_HEADS; h++) {
+                const float probability = exp2_fast(s[r][n][h] - (x.maximum[n][h] - HEADROOM));
+                x.sum[n][h] += probability;
+                w[h] = V_BITS < 16 ? probability * scale[r] : probability;
+            }
+            p[r][n] = transpose(pack_half2(w[0], w[1]));
+        }
+    if (R % 2)
+#pragma unroll
+        for (i32 n = 0; n < TILES; n++) p[R][n] = 0;
+}
+
+template <int BITS, int T>
+INLINE void block_values(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], const u8 *slot, i32 lane) {
+    typedef Codes<false, BITS, T> C;
+    constexpr int R = T / 8;
+    u32 words[C::WORDS > 0 ? C::WORDS : 1];
+    load_words<C::WORDS>(words, slot, lane);
+#pragma unroll
+    for (i32 k = 0; k < (R + 1) / 2; k++) {
+        const u32 first = 0x00010001u << C::bit(2 * k), second = 2 * k + 1 < R ? 0x00010001u << C::bit(2 * k + 1) : 0;
+        const u32 ones[4] = {first, first, second, second};
+#pragma unroll
+        for (i32 n = 0; n < TILES; n++) mma_half(x.centre[n], ones, p[2 * k][n], p[2 * k + 1][n]);
+#pragma unroll
+        for (i32 m = 0; m < D / 16; m++) {
+            u32 a[4];
+#pragma unroll
+            for (i32 i = 0; i < 2; i++)
+#pragma unroll
+                for (i32 o = 0; o < 2; o++)
+                    a[o + 2 * i] = 2 * k + i < R ? pair_at<C>(words, slot, C::pair(2 * m + o, 2 * k + i), lane) : 0;
+#pragma unroll
+            for (i32 n = 0; n < TILES; n++) mma_half(x.out[m][n], a, p[2 * k][n], p[2 * k + 1][n]);
+        }
+    }
+}
+
+template <int T>
+INLINE void block_values_half(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], const u8 *slot, i32 lane) {
+    constexpr int R = T / 8, BYTES = 2 * V_VECTOR;
+#pragma unroll
+    for (i32 k = 0; k < (R + 1) / 2; k++)
+#pragma unroll
+        for (i32 v = 0; v < V_VECTORS; v++) {
+            u32 w[2][2][V_VECTOR / 2] = {}; /* octet of tokens, token of a pair */
+#pragma unroll
+            for (i32 i = 0; i < 2; i++)
+#pragma unroll
+                for (i32 e = 0; e < 2; e++)
+                    if (2 * k + i < R)
+                        load_vector<BYTES>(w[i][e], slot + half_v_at(2 * k + i, v, e, lane) * BYTES);
+#pragma unroll
+            for (i32 y = 0; y < V_VECTOR / 2; y++) {
+                u32 a[4];
+#pragma unroll
+                for (i32 i = 0; i < 2; i++)
+#pragma unroll
+                    for (i32 o = 0; o < 2; o++) a[o + 2 * i] = __byte_perm(w[i][0][y], w[i][1][y], o ? 0x7632 : 0x5410);
+#pragma unroll
+                for (i32 n = 0; n < TILES; n++)
+                    mma_half(x.out[v * V_VECTOR / 2 + y][n], a, p[2 * k][n], p[2 * k + 1][n]);
+            }
+        }
+}

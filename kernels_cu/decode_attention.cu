@@ -1,0 +1,162 @@
+/* Decode attention: one token's query over the spans and the tail of one layer's cache.
+ *
+ * Every block of four warps has an equal share of the layer's bytes: segments, each some chunks of one span of one KV
+ * head, or the slots of a tail, read for all query heads at once. The warps take a segment's blocks of up to 32 tokens
+ * in turn, each with a running softmax and a queue of asynchronous copies of its own. Where KV head or rotation change,
+ * and at the end, what was summed goes to a partial result; merge_attention.cu adds those up.
+ *
+ * K and V are the 16-row operand A of mma.m16n8k16, query heads the 8 columns: scores = K x q, output = V x p. Codes
+ * are used as subnormal FP16 numbers as they are (formats.cuh). K: the scales of a chunk's channels go into q, its zeros
+ * are one more row of K. V: a token's scale goes into its probability; the levels' centre is subtracted at the end.
+ *
+ * Scores are in base 2 (q carries log2(e) / sqrt(D)) and the running maximum is a whole number, so that rescaling what
+ * was summed so far multiplies by an exact power of two. It is set SLACK above the largest score, so that it seldom
+ * rises again. A probability at the maximum is 2^HEADROOM, which keeps small ones out of FP16's subnormal range. q is
+ * scaled by a power of two per head, V's scales by one per warp (`v_top`), so that no input overflows FP16.
+ *
+ * Macros: D head_dim, GROUP query heads per KV head, CHUNK tokens, WINDOWED, RING bytes of a warp's queue, BLOCKS per
+ * multiprocessor, FORMATS: F(K bits, V bits) of every span that is not all FP16. */
+#include "attention_segment.cuh"
+
+/* Add a segment to x. Pieces (K and V of a block in turn) pass through the queue in order. q (GROUP, D), or NULL where
+ * the query is prepared. */
+template <int K_BITS, int V_BITS>
+INLINE void attend(Running &x, const Source &source, const float *q, const u8 *ring) {
+    typedef Blocks<K_BITS, V_BITS> B;
+    const i32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 address = shared_address(ring);
+    B blocks(source, warp, lane);
+    i32 to = 0, from = 0;
+    auto advance = [](i32 &at) { at = at == (B::SLOTS - 1) * B::SLOT ? 0 : at + B::SLOT; };
+    auto issue = [&](bool is_k) {
+        blocks.copy(source, address + to, is_k, lane);
+        copy_commit(); /* an empty group too: copy_wait counts groups */
+        advance(to);
+    };
+    auto next = [&](bool is_k) { /* the slot of the next piece; the slot before it is free and takes the latest one */
+        copy_wait<B::SLOTS - 2>();
+        __syncwarp();
+        issue(is_k == (B::SLOTS % 2 == 1));
+        const u8 *slot = ring + from;
+        advance(from);
+        return slot;
+    };
+#pragma unroll
+    for (i32 i = 0; i < B::SLOTS - 1; i++) issue(i % 2 == 0);
+    if (q) prepare_query(q, K_BITS < 16);
+
+    for (i32 chunk = blocks.first(source, warp); chunk < blocks.chunks; chunk += blocks.step)
+        for (i32 part = 0; part < B::PER_CHUNK; part++) {
+            const i32 row = chunk * B::UNIT + part * B::FULL_T;
+            if (B::LAST_T != B::FULL_T && part == B::PER_CHUNK - 1) {
+                float s[B::LAST_T / 8][TILES][LANE_HEADS];
+                B::template scores<B::LAST_T>(s, source, next(true), row, lane);
+                B::template values<B::LAST_T>(x, s, next(false), lane);
+            } else {
+                float s[B::FULL_T / 8][TILES][LANE_HEADS];
+                B::template scores<B::FULL_T>(s, source, next(true), row, lane);
+                B::template values<B::FULL_T>(x, s, next(false), lane);
+            }
+        }
+    copy_wait<0>();
+
+    if (V_BITS < 16) { /* codes to values less their centre, which the next segment may have elsewhere */
+        const float centre = ((1 << (V_BITS < 16 ? V_BITS : 0)) - 1) * 0.5f;
+#pragma unroll
+        for (i32 n = 0; n < TILES; n++) {
+#pragma unroll
+            for (i32 m = 0; m < D / 16; m++)
+#pragma unroll
+                for (i32 i = 0; i < 4; i++) x.out[m][n][i] -= centre * x.centre[n][i % 2];
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) x.centre[n][i] = 0;
+        }
+    }
+}
+
+/* Add the warps' results up: output (GROUP, D) and (maximum, sum) per head. shared: all rings. */
+INLINE void store_partial(Running &x, float unit, float *shared, float *out, float2 *softmax) {
+    const i32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+#pragma unroll
+            for (i32 l = 4; l < WARP; l *= 2) x.sum[n][h] += __shfl_xor_sync(FULL, x.sum[n][h], l);
+            if (g == 0) {
+                warp_maximum[warp][8 * n + 2 * t + h] = x.maximum[n][h];
+                warp_sums[warp][8 * n + 2 * t + h] = x.sum[n][h];
+            }
+        }
+    __syncthreads(); /* also: no warp reads its queue any more */
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++)
+#pragma unroll
+        for (i32 h = 0; h < LANE_HEADS; h++) {
+            const i32 head = 8 * n + 2 * t + h;
+            if (head >= GROUP) continue;
+            float maximum = NO_MAXIMUM;
+            for (i32 w = 0; w < WARPS; w++) maximum = fmaxf(maximum, warp_maximum[w][head]);
+            const float factor = rescale_factor(x.maximum[n][h] - maximum) * unit;
+#pragma unroll
+            for (i32 m = 0; m < D / 16; m++)
+#pragma unroll
+                for (i32 o = 0; o < 2; o++)
+                    shared[(warp * GROUP + head) * D + v_channel(2 * m + o, g)] = x.out[m][n][2 * o + h] * factor;
+        }
+    __syncthreads();
+    for (i32 i = threadIdx.x; i < GROUP * D; i += THREADS) {
+        float sum = shared[i];
+        for (i32 w = 1; w < WARPS; w++) sum += shared[w * GROUP * D + i];
+        out[i] = sum;
+    }
+    if (threadIdx.x < GROUP) {
+        float maximum = NO_MAXIMUM, sum = 0;
+        for (i32 w = 0; w < WARPS; w++) maximum = fmaxf(maximum, warp_maximum[w][threadIdx.x]);
+        for (i32 w = 0; w < WARPS; w++)
+            sum += warp_sums[w][threadIdx.x] * rescale_factor(warp_maximum[w][threadIdx.x] - maximum);
+        softmax[threadIdx.x] = make_float2(maximum, sum);
+    }
+    __syncthreads(); /* the queues are free again */
+}
+
+/* grid (blocks); block b begins with segment b. q (G * GROUP, D) float32; state: position, slot.
+ * partial (results, GROUP, D), softmax (results, GROUP). */
+KERNEL __launch_bounds__(THREADS, BLOCKS)
+    decode_attention(const float *q, const Segment *segments, const i32 *state, i32 window,
+                     float *partial, float2 *softmax) {
+    extern __shared__ __align__(16) u8 rings[];
+    u8 *const ring = rings + threadIdx.x / WARP * RING;
+    __shared__ Source source; /* not in registers: they are short */
+    i32 prepared = -1;        /* 2 * KV head + rotated */
+    Running x;
+    x.clear();
+    for (i32 i = blockIdx.x; i >= 0; i = source.next) {
+        __syncthreads(); /* nobody reads the segment before or its slots any more */
+        if (threadIdx.x == 0) {
+            const i32 position = state[0], slot = state[1];
+            (Segment &)source = segments[i];
+            source.oldest = WINDOWED ? position - window + 1 : 0;
+            source.tokens = source.format == TAIL ? min(slot + 1, source.n) : source.n * CHUNK;
+        }
+        __syncthreads();
+        const bool tail = source.format == TAIL, rotated_k = !tail && source.format < 1600;
+        const float *new_q = prepared == 2 * source.head + rotated_k ? 0 : q + (i64)source.head * GROUP * D;
+        prepared = 2 * source.head + rotated_k;
+        switch (source.format) {
+#define F(k_bits, v_bits)                                                                                              \
+    case FORMAT(k_bits, v_bits):                                                                                       \
+        attend<k_bits, v_bits>(x, source, new_q, ring);                                                                \
+        break;
+            FORMATS
+#undef F
+        default: attend<16, 16>(x, source, new_q, ring);
+        }
+        if (source.result >= 0) {
+            const i64 at = (i64)source.result * GROUP;
+            const bool rotated_v = !tail && source.format % 100 < 16;
+            store_partial(x, rotated_v ? SUBNORMAL_UNIT * x.v_top : 1.f, (float *)rings, partial + at * D, softmax + at);
+            x.clear();
+        }
+    }
+}

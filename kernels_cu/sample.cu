@@ -1,0 +1,218 @@
+/* One id from a row of logits: repetition penalty, temperature, top-k, min-p, top-p, draw; as kernels_c's sample.
+ *
+ * One block. Every candidate gets a rank key: (top - logit) / temperature in units of 2^-25, smallest best, equal keys by
+ * id. Probabilities relative to the best are whole numbers of 2^-40, so that sums are exact in any order and the draw does
+ * not depend on the order of atomics. Top-k, top-p and the draw all ask the same question: at which candidate does the
+ * running weight (1 each, or probability) pass a goal? It is answered digit by digit of the key, by histograms. */
+#include "common.cuh"
+
+#define THREADS 1024
+#define BINS 256
+#define KEY_UNIT 33554432.f    /* 2^25: e^-104 is 0 in float32, and 104 * 2^25 < 2^32 */
+#define MASS_UNIT 1099511627776.f /* 2^40 */
+#define NOT_A_CANDIDATE 0xffffffffu
+#define ID_DIGITS 3 /* of 8 bits */
+#define KEY_DIGITS 4
+#define LARGEST 3.402823466e38f
+
+#define BAD_INDEX -1
+#define NOT_FINITE -2
+
+enum Weight { ONE, MASS };
+
+struct Found {
+    u32 key;
+    i32 id;
+    u64 through; /* the running weight, this candidate included */
+};
+
+INLINE u64 mass_of(u32 key) {
+    return key == NOT_A_CANDIDATE ? 0 : (u64)__float2ll_rn(expf(-(float)key / KEY_UNIT) * MASS_UNIT);
+}
+
+INLINE u64 weight_of(u32 key, Weight weight) { return weight == MASS ? mass_of(key) : key != NOT_A_CANDIDATE; }
+
+/* Weights by bin, in parts of 14 bits, so that up to 2^18 of them add up in 32 bits: shared memory adds those natively. */
+struct Histogram {
+    u32 parts[3][BINS];
+
+    INLINE void clear() {
+        for (i32 i = threadIdx.x; i < 3 * BINS; i += THREADS) parts[i / BINS][i % BINS] = 0;
+    }
+
+    INLINE void add(u32 bin, u64 weight) {
+#pragma unroll
+        for (i32 i = 0; i < 3; i++) {
+            const u32 part = weight >> 14 * i & 0x3fff;
+            if (part) atomicAdd(&parts[i][bin], part);
+        }
+    }
+
+    /* Where all lanes of a warp have the same bin. */
+    INLINE void add_from_warp(u32 bin, u64 weight) {
+#pragma unroll
+        for (i32 i = 0; i < 3; i++) {
+            const u32 part = __reduce_add_sync(FULL, (u32)(weight >> 14 * i & 0x3fff));
+            if (threadIdx.x % WARP == 0) atomicAdd(&parts[i][bin], part);
+        }
+    }
+
+    INLINE u64 operator[](u32 bin) const { return parts[0][bin] + ((u64)parts[1][bin] << 14) + ((u64)parts[2][bin] << 28); }
+};
+
+INLINE u64 block_sum_exact(u64 x, u64 *shared) {
+    __syncthreads();
+    if (threadIdx.x == 0) *shared = 0;
+    __syncthreads();
+    for (i32 lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(FULL, x, lane);
+    if (threadIdx.x % WARP == 0) atomicAdd(shared, x);
+    __syncthreads();
+    return *shared;
+}
+
+/* The candidate, in order of (key, id) or of id alone, at which the running weight first exceeds goal. Once a digit has
+ * narrowed the search, the ids that are left are listed in `left` (V,); their order there does not matter. */
+__device__ Found find(const u32 *keys, i32 V, Weight weight, u64 goal, bool by_key, Histogram &histogram, i32 *left) {
+    __shared__ u32 chosen;
+    __shared__ u64 before;
+    __shared__ i32 listed;
+    u64 prefix = 0; /* key * 2^24 + id, its digits so far */
+    u64 passed = 0;
+    bool narrowed = false;
+    const i32 first = by_key ? KEY_DIGITS + ID_DIGITS - 1 : (V - 1 >> 16 ? 2 : 1), narrow_after = by_key ? first : 1;
+    for (i32 digit = first; digit >= 0; digit--) {
+        const i32 n = narrowed ? listed : V;
+        histogram.clear();
+        __syncthreads();
+#pragma unroll 4
+        for (i32 base = threadIdx.x / WARP * WARP; base < n; base += THREADS) {
+            const i32 at = base + threadIdx.x % WARP, i = at < n && narrowed ? left[at] : at;
+            const u32 key = at < n ? keys[i] : NOT_A_CANDIDATE;
+            const u64 rank = ((u64)(by_key ? key : 0) << 24 | i) >> 8 * digit;
+            u64 w = rank >> 8 == prefix ? weight_of(key, weight) : 0;
+            if (!by_key && digit > 0) histogram.add_from_warp(rank % BINS, w);
+            else if (w) histogram.add(rank % BINS, w);
+        }
+        __syncthreads();
+        if (threadIdx.x < WARP) { /* eight bins a lane */
+            u64 own = 0;
+            for (i32 i = 0; i < BINS / WARP; i++) own += histogram[threadIdx.x * (BINS / WARP) + i];
+            u64 through = own;
+            for (i32 lane = 1; lane < WARP; lane *= 2) {
+                const u64 other = __shfl_up_sync(FULL, through, lane);
+                if (threadIdx.x >= lane) through += other;
+            }
+            u64 running = passed + through - own;
+            if (passed + through > goal && running <= goal) {
+                u32 bin = threadIdx.x * (BINS / WARP);
+                while (running + histogram[bin] <= goal) running += histogram[bin++];
+                chosen = bin;
+                before = running;
+            }
+        }
+        if (digit == narrow_after && threadIdx.x == 0) listed = 0;
+        __syncthreads();
+        prefix = prefix << 8 | chosen;
+        passed = before;
+        if (digit == narrow_after) {
+#pragma unroll 4
+            for (i32 i = threadIdx.x; i < V; i += THREADS) {
+                const u32 key = keys[i];
+                if (key != NOT_A_CANDIDATE && ((u64)(by_key ? key : 0) << 24 | i) >> 8 * digit == prefix)
+                    left[atomicAdd(&listed, 1)] = i;
+            }
+            narrowed = true;
+        }
+        __syncthreads();
+    }
+    const i32 id = prefix & 0xffffff;
+    return {keys[id], id, passed + weight_of(keys[id], weight)};
+}
+
+/* Mass of the candidates up to and including (key, id). */
+INLINE u64 mass_through(const u32 *keys, i32 V, Found last, u64 *shared) {
+    u64 mass = 0;
+#pragma unroll 4
+    for (i32 i = threadIdx.x; i < V; i += THREADS)
+        if (keys[i] < last.key || (keys[i] == last.key && i <= last.id)) mass += mass_of(keys[i]);
+    return block_sum_exact(mass, shared);
+}
+
+INLINE bool ahead(float a, i32 a_id, float b, i32 b_id) { return a > b || (a == b && a_id < b_id); }
+
+/* The largest value and its lowest id, in every thread. */
+INLINE float block_best(const float *values, i32 V, i32 *id) {
+    __shared__ float best_value[WARP];
+    __shared__ i32 best_id[WARP];
+    float best = -INFINITE;
+    i32 at = V;
+#pragma unroll 8
+    for (i32 i = threadIdx.x; i < V; i += THREADS)
+        if (ahead(values[i], i, best, at)) best = values[i], at = i;
+    for (i32 round = 0; round < 2; round++) {
+        for (i32 lane = WARP / 2; lane; lane /= 2) {
+            const float other = __shfl_xor_sync(FULL, best, lane);
+            const i32 other_at = __shfl_xor_sync(FULL, at, lane);
+            if (ahead(other, other_at, best, at)) best = other, at = other_at;
+        }
+        if (round) break;
+        if (threadIdx.x % WARP == 0) best_value[threadIdx.x / WARP] = best, best_id[threadIdx.x / WARP] = at;
+        __syncthreads();
+        best = best_value[threadIdx.x % WARP], at = best_id[threadIdx.x % WARP];
+    }
+    *id = at;
+    return best;
+}
+
+/* values: scratch (V,), which becomes the keys; left: scratch (V,); chosen: the id, or a negative status. */
+KERNEL __launch_bounds__(THREADS, 1)
+    sample(const float *logits, i32 V, float temperature, i32 top_k, float top_p, float min_p, float penalty,
+           const i32 *seen, i32 n_seen, double uniform, float *values, i32 *left, i32 *chosen) {
+    __shared__ Histogram histogram;
+    __shared__ u64 exact;
+#pragma unroll 8
+    for (i32 i = threadIdx.x; i < V; i += THREADS) values[i] = logits[i] == logits[i] ? fminf(logits[i], LARGEST) : -INFINITE;
+    __syncthreads();
+    bool bad = false;
+    for (i32 i = threadIdx.x; i < n_seen; i += THREADS) { /* an id seen twice is written twice, with the same value */
+        const i32 id = seen[i];
+        if ((u32)id >= (u32)V) {
+            bad = true;
+            continue;
+        }
+        const float x = logits[id] == logits[id] ? fminf(logits[id], LARGEST) : -INFINITE;
+        values[id] = x > 0 ? x / penalty : x * penalty;
+    }
+    bad = __syncthreads_or(bad);
+    i32 id;
+    const float top = block_best(values, V, &id);
+    if (bad || top == -INFINITE || temperature == 0) {
+        if (threadIdx.x == 0) *chosen = bad ? BAD_INDEX : top == -INFINITE ? NOT_FINITE : id;
+        return;
+    }
+    const float lowest = min_p > 0 ? logf(min_p) : -INFINITE;
+    u32 *keys = (u32 *)values;
+    u64 mass = 0, candidates = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (i32 i = threadIdx.x; i < V; i += THREADS) {
+        const float x = (values[i] - top) / temperature;
+        keys[i] = x >= lowest && x > -104 ? (u32)(-x * KEY_UNIT) : NOT_A_CANDIDATE;
+        mass += mass_of(keys[i]);
+        candidates += keys[i] != NOT_A_CANDIDATE;
+    }
+    mass = block_sum_exact(mass, &exact);
+    candidates = block_sum_exact(candidates, &exact);
+    const bool few = top_k > 0 && top_k < candidates, by_key = few || top_p < 1;
+    if (few) {
+        const Found last = find(keys, V, ONE, top_k - 1, true, histogram, left);
+        mass = mass_through(keys, V, last, &exact);
+    }
+    if (top_p < 1) {
+        const u64 enough = (u64)ceil((double)top_p * (double)mass);
+        mass = find(keys, V, MASS, min(enough ? enough - 1 : 0, mass - 1), true, histogram, left).through;
+    }
+    const u64 goal = min((u64)(uniform * (double)mass), mass - 1);
+    const Found drawn = find(keys, V, MASS, goal, by_key, histogram, left);
+    if (threadIdx.x == 0) *chosen = drawn.id;
+}
