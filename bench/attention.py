@@ -1,0 +1,171 @@
+"""Decode attention on the GPU against its floor and torch's SDPA. `python -m bench.attention [--quick]`
+
+One token at batch 1, 32 query heads, D = 128, cycling over at least 1 GB of distinct layers, so that no cache helps, as
+one CUDA graph. Chunks lie in shuffled order, packed by the project's own kernel from random K and V.
+
+    floor   bytes of codes, metadata and visible tail over the device-to-device copy rate of this run (read + written)
+    share   floor / time
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+
+from bench.report import describe_run, emit, print_table, progress, verdict
+from kernels_cu.backend import CudaBackend
+from kernels_cu.build import compile_all
+from kernels_cu.cache_ops import attention_spec, merge_spec
+from runtime.arena import ArenaLayout
+from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT
+from runtime.formats import block_bytes
+from runtime.plan import FP16, DocumentShape, Tier
+
+HEADS, HEAD_DIM, CHUNK = 32, 128, 32
+SHAPES = ((32, 32768), (8, 131072), (8, 32768))  # KV heads, context tokens
+MIX = ((Tier(3, 2), 0.80), (Tier(4, 4), 0.15), (FP16, 0.05))
+PURE = (FP16, Tier(8, 8), Tier(4, 4), Tier(4, 2), Tier(3, 2), Tier(2, 2))
+TAIL = 96  # visible tokens of the tail
+DISTINCT = 1.1e9  # bytes of layers that a run cycles over
+GOALS = {("mix", 32, 32768): 58.5, ("mix", 8, 131072): 58.5}  # us
+GOAL_FP16 = 0.95  # of the copy rate, 32 KV heads at 32K
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the mix and FP16 only")
+    parser.add_argument("--json", help="also write the record to this file")
+    args = parser.parse_args()
+
+    backend = CudaBackend()
+    rate = copy_rate()
+    cases = [(f"{tier}", ((tier, 1.0),), SHAPES[0]) for tier in PURE[: 1 if args.quick else None]]
+    cases += [("mix", MIX, shape) for shape in SHAPES]
+    compile_all({merge_spec(HEAD_DIM)} | {
+        attention_spec(HEAD_DIM, HEADS // kv_heads, CHUNK, frozenset((tier.k_bits, tier.v_bits) for tier, _ in tiers),
+                       False)[0] for _, tiers, (kv_heads, _) in cases})  # fmt: skip
+    rows, record = [], []
+    for name, tiers, (kv_heads, tokens) in cases:
+        progress(f"{name}, {kv_heads} KV heads, {tokens} tokens")
+        layers = Layers(backend, tiers, kv_heads, tokens)
+        us = layers.time()
+        floor = layers.nbytes / rate * 1e6
+        goal = GOALS.get((name, kv_heads, tokens))
+        note = verdict(us, goal, at_most=True) if goal else ""
+        if name == "FP16":
+            note = f"share {verdict(floor / us, GOAL_FP16)}"
+        rows.append((name, kv_heads, f"{tokens // 1024}K", f"{layers.bpv:.2f}", f"{layers.nbytes / 1e6:.1f}",
+                     f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.1%}", note))  # fmt: skip
+        record.append({"name": name, "kv_heads": kv_heads, "tokens": tokens, "us": us, "floor_us": floor})
+        del layers
+        cupy.get_default_memory_pool().free_all_blocks()
+    for kv_heads, tokens in SHAPES:
+        nbytes, us = 4 * kv_heads * tokens * HEAD_DIM, torch_sdpa(kv_heads, tokens)
+        rows.append(("torch SDPA", kv_heads, f"{tokens // 1024}K", "16.00", f"{nbytes / 1e6:.1f}", f"{us:.1f}",
+                     f"{nbytes / rate * 1e6:.1f}", f"{nbytes / rate * 1e6 / us:.1%}", ""))  # fmt: skip
+        record.append({"name": "torch SDPA", "kv_heads": kv_heads, "tokens": tokens, "us": us})
+    print(f"copy rate {rate / 1e12:.3f} TB/s; {HEADS} query heads, D = {HEAD_DIM}, chunks of {CHUNK}, batch 1")
+    print_table(("format", "KV heads", "context", "bpv", "MB", "us", "floor us", "share", "goal"), rows)
+    emit({"bench": "attention", "run": describe_run(), "copy_rate": rate, "figures": record}, args.json)
+
+
+class Layers:
+    """Enough layers of one shape to fill DISTINCT bytes; nbytes: what one layer's attention must read."""
+
+    def __init__(self, backend: CudaBackend, tiers: Sequence[tuple[Tier, float]], kv_heads: int, tokens: int):
+        n = tokens // CHUNK
+        counts = [round(share * n) for _, share in tiers[1:]]
+        counts.insert(0, n - sum(counts))
+        shape = DocumentShape(n_layers=1, n_kv_heads=kv_heads, head_dim=HEAD_DIM, chunk=CHUNK, n_chunks=n, prefix=4,
+                              remainder=0, suffix=TAIL - 4, max_new=64, window=None)
+        sizes = ArenaLayout(shape.layout([tier for tier, _ in tiers], counts))
+        spans, tail = [span for span in sizes.spans(0) if span.n], sizes.tail(0)
+        rng = cupy.random.default_rng(0)
+        rows = kv_heads, tokens + TAIL, HEAD_DIM
+        k, v = (rng.standard_normal(rows, dtype=np.float32).astype(np.float16) for _ in "kv")
+        first = backend.arena(sizes.nbytes)
+        order, at = np.random.default_rng(0).permutation(n), 0
+        for span in spans:
+            backend.pack(k, v, first, span, (4 + CHUNK * order[at : at + span.n]).astype(np.int32), CHUNK)
+            at += span.n
+        rows = np.r_[:4, 4 + tokens : tokens + TAIL].astype(np.int32)
+        backend.copy_tail(k, v, rows, first, tail, 0)
+        del k, v
+        self.backend, self.bpv = backend, sizes.context_bits_per_value
+        self.nbytes = kv_heads * (4 * TAIL * HEAD_DIM + sum(
+            span.n * (sum(block_bytes("K", span.k_bits, CHUNK, HEAD_DIM)) +
+                      sum(block_bytes("V", span.v_bits, CHUNK, HEAD_DIM)))
+            for span in spans))  # fmt: skip
+        self.arenas = [first] + [first.copy() for _ in range(int(DISTINCT // self.nbytes))]
+        self.bound = [backend.bind(arena, spans, tail, HEADS, kv_heads, HEAD_DIM, CHUNK, None) for arena in self.arenas]
+        self.q = rng.standard_normal((1, HEADS, HEAD_DIM), dtype=np.float32)
+        self.out = cupy.full((1, HEADS * HEAD_DIM), np.nan, np.float32)
+        state = np.zeros(STATE_SIZE, np.int32)
+        state[STATE_POSITION], state[STATE_SLOT] = tokens + TAIL - 1, TAIL - 1
+        self.state = backend.upload(state)
+
+    def time(self) -> float:
+        """Microseconds per layer."""
+        cycles = max(1, 40 // len(self.bound))
+
+        def step() -> None:
+            for bound in self.bound * cycles:
+                self.backend.decode_attention(self.q, bound, self.state, self.out)
+
+        captured = self.backend.captured(step)
+        us = median_ms(captured, 12) * 1e3 / (cycles * len(self.bound))
+        if not bool(cupy.isfinite(self.out).all()):
+            raise RuntimeError("decode attention left outputs unwritten")
+        return us
+
+
+def copy_rate(nbytes: int = 1 << 31) -> float:
+    """Bytes per second, read plus written, of a device-to-device copy."""
+    a, b = cupy.ones(nbytes, np.uint8), cupy.empty(nbytes, np.uint8)
+    stream = cupy.cuda.get_current_stream()
+    ms = median_ms(lambda: b.data.copy_from_device_async(a.data, nbytes, stream), 12)
+    return 2 * nbytes / ms * 1e3
+
+
+def median_ms(run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds between device events around one call, after three calls to warm up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(begin, end))
+    return float(np.median(times))
+
+
+def torch_sdpa(kv_heads: int, tokens: int) -> float:
+    """Microseconds of torch's FP16 attention for the same shape, cycling over as many layers."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    layers = int(DISTINCT // (4 * kv_heads * tokens * HEAD_DIM)) + 1
+    k, v = (torch.randn(layers, 1, kv_heads, tokens, HEAD_DIM, device="cuda", dtype=torch.float16) for _ in "kv")
+    q = torch.randn(1, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.float16)
+    times = []
+    for turn in range(13):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for layer in range(layers):
+            scaled_dot_product_attention(q, k[layer], v[layer], enable_gqa=kv_heads != HEADS)
+        end.record()
+        end.synchronize()
+        if turn > 2:
+            times.append(begin.elapsed_time(end) / layers)
+    return float(np.median(times)) * 1e3
+
+
+if __name__ == "__main__":
+    main()

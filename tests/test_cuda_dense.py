@@ -1,0 +1,381 @@
+"""The dense CUDA operations against plain float64 NumPy; skipped where no GPU is present.
+
+One row is computed with float32 activations. More rows go through tensor cores with the activations rounded to the
+weights' type, as in any half-precision runtime, and the bounds say so.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'",
+                           exc_type=ImportError)
+
+from kernels_cu.errors import DeviceMemoryError, KernelError, NoDevice  # noqa: E402
+
+try:
+    from kernels_cu.backend import CudaBackend
+
+    BACKEND = CudaBackend()
+except NoDevice as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+EXAMPLES = int(os.environ.get("COCKTAIL_CUDA_EXAMPLES", "100"))
+EPS = 2.0**-24  # float32's unit roundoff
+ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # of one activation on its way to the tensor cores
+GUARD = 64
+
+dtypes = st.sampled_from(["F32", "F16", "BF16"])
+rows = st.one_of(st.integers(1, 20), st.sampled_from([1, 1, 24, 37, 130]))
+depths = st.one_of(st.integers(1, 40).map(lambda n: 8 * n), st.sampled_from([576, 1536, 4096, 11008]))
+sizes = st.one_of(st.integers(1, 70), st.sampled_from([576, 2200]))
+seeds = st.integers(0, 2**32 - 1)
+many = settings(max_examples=EXAMPLES, deadline=None)
+
+
+class Guarded:
+    """An output on the GPU filled with NaN between two guard bands, which check() proves untouched."""
+
+    def __init__(self, shape, dtype=np.float32, fill=None):
+        n = int(np.prod(shape))
+        self.whole = cupy.full(n + 2 * GUARD, np.nan, dtype)
+        self.array = self.whole[GUARD : GUARD + n].reshape(shape)
+        if fill is not None:
+            self.array.set(fill)
+
+    def check(self):
+        whole = BACKEND.download(self.whole)
+        assert np.isnan(whole[:GUARD]).all() and np.isnan(whole[-GUARD:]).all(), "wrote outside the output"
+        return whole[GUARD:-GUARD].reshape(self.array.shape).astype(np.float64)
+
+
+def up(array):
+    return None if array is None else BACKEND.upload(array)
+
+
+def stored(rng, shape, dtype, scale=1.0):
+    """(matrix on the GPU, its exact float64 values)."""
+    values = (rng.standard_normal(shape) * scale).astype(np.float32)
+    if dtype == "BF16":
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return BACKEND.matrix(bits, dtype), (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    data = values.astype(np.float16 if dtype == "F16" else np.float32)
+    return BACKEND.matrix(data, dtype), data.astype(np.float64)
+
+
+def hostile(rng, shape):
+    """Activations with outliers, zeros and denormals among ordinary values."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    kind = rng.integers(0, 40, shape)
+    x[kind == 0] = 1e4
+    x[kind == 1] = -1e4
+    x[kind == 2] = 0
+    x[kind == 3] = 1e-40
+    return x
+
+
+def norm64(x, weight, eps):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(np.float64)
+
+
+def dot_bound(a, b, dtype):
+    """|error| of the product a (T, K) @ b (K, N): float32 roundings walk at random; from two rows on, tensor cores add
+    with truncation and see rounded activations (in FP16 with an absolute step of 2^-24 below the normal range)."""
+    T, K = a.shape
+    products = np.abs(a) @ np.abs(b)
+    if T == 1 or dtype == "F32":
+        return 4 * (np.sqrt(K) + 4) * EPS * products + 1e-37
+    subnormal = 2.0**-25 * np.abs(b).sum(0) if dtype == "F16" else 0
+    return (ROUNDING[dtype] + 8 * (np.sqrt(K) + 4) * EPS) * products + subnormal + 1e-37
+
+
+@many
+@given(T=rows, K=depths, N=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
+def test_linear_add(T, K, N, dtype, bias, seed):
+    rng = np.random.default_rng(seed)
+    matrix, w = stored(rng, (N, K), dtype)
+    h, x0, b = hostile(rng, (T, K)), hostile(rng, (T, N)), rng.standard_normal(N).astype(np.float32)
+    x = Guarded((T, N), fill=x0)
+    BACKEND.linear_add(up(h), matrix, up(b) if bias else None, x.array)
+    expected = h.astype(np.float64) @ w.T + x0 + (b if bias else 0)
+    bound = dot_bound(h.astype(np.float64), w.T, dtype) + 4 * EPS * (np.abs(expected) + np.abs(x0) + np.abs(b))
+    assert (np.abs(x.check() - expected) <= bound).all()
+
+
+@many
+@given(T=rows, E=depths, V=sizes, dtype=dtypes, seed=seeds)
+def test_logits(T, E, V, dtype, seed):
+    rng = np.random.default_rng(seed)
+    head, w = stored(rng, (V, E), dtype)
+    x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
+    out = Guarded((T, V))
+    BACKEND.logits(up(x), up(norm), 1e-5, head, out.array)
+    normed = norm64(x, norm, 1e-5)
+    assert (np.abs(out.check() - normed @ w.T) <= 2 * dot_bound(normed, w.T, dtype)).all()
+
+
+@many
+@given(T=rows, E=depths, I=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
+def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
+    rng = np.random.default_rng(seed)
+    (gate, g), (up_matrix, u) = stored(rng, (I, E), dtype), stored(rng, (I, E), dtype)
+    x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
+    gb, ub = (rng.standard_normal(I).astype(np.float32) if bias else None for _ in range(2))
+    out = Guarded((T, I))
+    BACKEND.gate_up(up(x), up(norm), 1e-5, gate, up_matrix, up(gb), up(ub), out.array)
+    n = norm64(x, norm, 1e-5)
+    a, b = n @ g.T + (0 if gb is None else gb), n @ u.T + (0 if ub is None else ub)
+    sigmoid = 0.5 * (1 + np.tanh(a / 2))
+    # silu is 1.1-Lipschitz; exp adds a few units to the quotient; each factor carries its dot product's error.
+    da, db = (2 * dot_bound(n, w.T, dtype) + 4 * EPS * np.abs(y) + 4 * EPS for w, y in ((g, a), (u, b)))
+    bound = 1.1 * da * (np.abs(b) + db) + np.abs(a * sigmoid) * db + 16 * EPS * np.abs(a * b) + 1e-30
+    assert (np.abs(out.check() - a * sigmoid * b) <= bound).all()
+
+
+@many
+@given(
+    T=rows,
+    E=depths,
+    G=st.integers(1, 3),
+    group=st.integers(1, 4),
+    D=st.sampled_from([64, 80, 96, 128, 256]),
+    dtype=dtypes,
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-6, 3e5]),  # K and V among FP16's subnormals, and beyond its range
+    seed=seeds,
+)
+def test_qkv(T, E, G, group, D, dtype, bias, scale, seed):
+    if T > 1 and scale > 1:
+        scale = 1.0  # the normed activations themselves would leave FP16
+    rng, H = np.random.default_rng(seed), G * group
+    (mq, wq), (mk, wk), (mv, wv) = (stored(rng, (n * D, E), dtype) for n in (H, G, G))
+    x, norm = hostile(rng, (T, E)), (rng.standard_normal(E) * scale).astype(np.float32)
+    biases = [rng.standard_normal(n * D).astype(np.float32) if bias else None for n in (H, G, G)]
+    P, S = T + 9, T + 5
+    angles = rng.uniform(-3, 3, (P, D // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions, slots = (rng.permutation(n)[:T].astype(np.int32) for n in (P, S))
+    q, k, v = Guarded((T, H, D)), Guarded((G, S, D), np.float16), Guarded((G, S, D), np.float16)
+    BACKEND.qkv(up(x), up(norm), 1e-5, mq, mk, mv, *map(up, biases), up(cos), up(sin), up(positions), up(slots),
+                q.array, k.array, v.array)
+
+    n = norm64(x, norm, 1e-5)
+    c, s = (np.tile(table[positions].astype(np.float64), 2)[:, None] for table in (cos, sin))
+
+    def project(w, b):
+        y = n @ w.T + (0 if b is None else b)
+        error = 2 * dot_bound(n, w.T, dtype) + 4 * EPS * np.abs(y)
+        return y.reshape(T, -1, D), error.reshape(T, -1, D)
+
+    def turn(y, error):
+        half = np.concatenate([-y[..., D // 2 :], y[..., : D // 2]], -1)
+        half_error = np.concatenate([error[..., D // 2 :], error[..., : D // 2]], -1)
+        return y * c + half * s, error + half_error + 4 * EPS * (np.abs(y) + np.abs(half))
+
+    expected, bound = turn(*project(wq, biases[0]))
+    assert (np.abs(q.check() - expected) <= bound).all()
+    for cache, (expected, bound) in ((k, turn(*project(wk, biases[1]))), (v, project(wv, biases[2]))):
+        got = cache.check()
+        unwritten = np.setdiff1d(np.arange(S), slots)
+        assert np.isnan(got[:, unwritten]).all(), "wrote a slot that is not in slots"
+        expected = np.clip(expected, -65504, 65504).swapaxes(0, 1)
+        rounding = np.maximum(2.0**-11 * (np.abs(expected) + bound.swapaxes(0, 1)), 2.0**-25)  # FP16, subnormals
+        assert (np.abs(got[:, slots] - expected) <= bound.swapaxes(0, 1) + rounding).all()
+
+
+@many
+@given(
+    T=st.one_of(st.integers(1, 40), st.integers(1, 400)),
+    before=st.one_of(st.just(0), st.integers(0, 700)),
+    spare=st.integers(0, 40),
+    G=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 7, 16]),
+    D=st.sampled_from([64, 80, 96, 128, 256]),
+    window=st.one_of(st.none(), st.integers(1, 900)),
+    scale=st.sampled_from([1.0, 4.0, 0.01]),
+    processors=st.sampled_from([1, 10**6]),  # large tiles, small tiles
+    seed=seeds,
+)
+def test_prefill_attention(T, before, spare, G, group, D, window, scale, processors, seed):
+    """Scores carry the rounding of q to FP16; probabilities are FP16. Rows beyond the last key are NaN and not read."""
+    rng, H, keys = np.random.default_rng(seed), G * group, before + T
+    q = (rng.standard_normal((T, H, D)) * scale).astype(np.float32)
+    k, v = (rng.standard_normal((G, keys + spare, D)).astype(np.float16) for _ in range(2))
+    k[:, keys:], v[:, keys:] = np.nan, np.nan
+    out = Guarded((T, H * D))
+    BACKEND._processors = processors
+    BACKEND.prefill_attention(up(q), up(k), up(v), before, window, out.array)
+    got = out.check().reshape(T, H, D)
+    age = np.arange(before, keys)[:, None] - np.arange(keys)[None]
+    visible = (age >= 0) & (age < (window or keys + 1))
+    for head in range(H):
+        kk, vv = (x[head // group, :keys].astype(np.float64) for x in (k, v))
+        qq = q[:, head].astype(np.float64) * D**-0.5
+        scores = np.where(visible, qq @ kk.T, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        expected = p @ vv
+        off = (1.5 * ROUNDING["F16"] * (np.abs(qq) @ np.abs(kk).T) * visible).max(-1, keepdims=True) + 2.0**-25 * D
+        bound = np.expm1(2 * off) * (p @ np.abs(vv) + np.abs(expected)) + 2.0**-9 * (p @ np.abs(vv)) + 2.0**-24
+        assert (np.abs(got[:, head] - expected) <= bound).all()
+
+
+@many
+@given(T=st.integers(1, 70), E=depths, V=st.integers(1, 300), dtype=dtypes, seed=seeds)
+def test_embed(T, E, V, dtype, seed):
+    rng = np.random.default_rng(seed)
+    table, w = stored(rng, (V, E), dtype)
+    ids, out = rng.integers(0, V, T).astype(np.int32), Guarded((T, E))
+    BACKEND.embed(up(ids), table, out.array)
+    assert np.array_equal(out.check(), w[ids])
+
+
+@many
+@given(
+    V=st.one_of(st.integers(1, 300), st.sampled_from([32000, 49152, 128256])),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 5, 50, 10**6]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    n_seen=st.integers(0, 40),
+    uniform=st.floats(0, 1, exclude_max=True),
+    levels=st.sampled_from([0, 3, 50]),  # 0: all logits differ; else there are ties
+    seed=seeds,
+)
+def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, levels, seed):
+    """The id is the one at which the reference's running probability passes uniform, up to float32's rounding."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((1, V)) * 3).astype(np.float32)
+    if levels:
+        x = np.round(x * levels / 10).astype(np.float32)
+    x[0, rng.integers(0, V)] = [np.nan, -np.inf, np.inf][seed % 3] if V > 1 else 0.5
+    seen = rng.integers(0, V, 40).astype(np.int32)
+    got = BACKEND.sample(up(x), temperature, top_k, top_p, min_p, penalty, up(seen), n_seen, uniform)
+    values = np.where(np.isnan(x[0]), -np.inf, np.minimum(x[0], np.finfo(np.float32).max)).astype(np.float32)
+    ids = np.unique(seen[:n_seen])
+    values[ids] = np.where(values[ids] > 0, values[ids] / np.float32(penalty), values[ids] * np.float32(penalty))
+    if temperature == 0:
+        assert got == np.argmax(values)
+        return
+    scaled = (values.astype(np.float64) - values.max()) / temperature
+    order = np.lexsort((np.arange(V), -scaled))
+    p = np.exp(scaled[order])
+    slack = 1e-5
+    keep = p >= min_p * (1 - slack) if min_p else p > 0
+    p = np.where(keep, p, 0)
+    ranked = bool(0 < top_k < keep.sum()) or top_p < 1
+    if top_k:
+        p[top_k:] = 0
+    through = np.cumsum(p)
+    mass = through[-1]
+    if top_p < 1:
+        last = np.searchsorted(through, top_p * mass * (1 + slack) + 0)
+        p[min(last + 1, V) :] = 0
+        mass = p.sum()
+    rank = int(np.flatnonzero(order == got)[0])
+    assert p[rank] > 0, "drew what the filters exclude"
+    if not ranked:
+        by_id = np.empty(V)
+        by_id[order] = p
+        p, rank = by_id, got
+    through = np.cumsum(p)
+    # min_p, top_k and top_p have edges: near them the reference's mass may differ by one candidate.
+    edge = p[p > 0].min() / mass if ranked or min_p else 0
+    low, high = (through[rank] - p[rank]) / mass, through[rank] / mass
+    assert low * (1 - edge) - slack - edge <= uniform <= high * (1 + 2 * edge) + slack + edge
+
+
+def test_sampling_follows_the_distribution():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 50)).astype(np.float32)
+    seen, n = up(np.zeros(1, np.int32)), 4000
+    for top_k in (0, 20):
+        drawn = [BACKEND.sample(up(x), 1.0, top_k, 1.0, 0.0, 1.0, seen, 0, (i + 0.5) / n) for i in range(n)]
+        p = np.exp(x[0].astype(np.float64))
+        if top_k:
+            p[np.argsort(-p)[top_k:]] = 0
+        counts = np.bincount(drawn, minlength=50)
+        assert (np.abs(counts - n * p / p.sum()) <= 1.01).all()  # uniform was spaced evenly
+
+
+def test_all_logits_damaged_is_an_error():
+    seen = up(np.zeros(1, np.int32))
+    for bad in (np.nan, -np.inf):
+        with pytest.raises(KernelError, match="damaged"):
+            BACKEND.sample(up(np.full((1, 100), bad, np.float32)), 1.0, 0, 1.0, 0.0, 1.0, seen, 0, 0.5)
+
+
+def test_every_half_survives_embedding():
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    out = BACKEND.empty((256, 256), np.float32)
+    BACKEND.embed(up(np.arange(256, dtype=np.int32)), BACKEND.matrix(halves, "F16"), out)
+    got, wide = BACKEND.download(out), halves.astype(np.float32)
+    assert np.array_equal(got, wide, equal_nan=True)
+    assert np.array_equal(got.view(np.uint32)[~np.isnan(got)], wide.view(np.uint32)[~np.isnan(wide)]), "a sign of zero"
+
+
+@pytest.mark.parametrize("T", [1, 5, 16, 40])
+def test_two_runs_are_bitwise_equal(T):
+    rng = np.random.default_rng(T)
+    x, norm = up(rng.standard_normal((T, 1536)).astype(np.float32)), up(np.ones(1536, np.float32))
+    gate, up_matrix = (stored(rng, (4500, 1536), "F16")[0] for _ in range(2))
+    results = set()
+    for _ in range(5):
+        out = Guarded((T, 4500))
+        BACKEND.gate_up(x, norm, 1e-5, gate, up_matrix, None, None, out.array)
+        results.add(out.check().tobytes())
+    assert len(results) == 1
+
+
+def test_a_captured_step_follows_device_memory():
+    """The second call captures, the third replays: all three must read the state of their moment."""
+    rng = np.random.default_rng(1)
+    table, w = stored(rng, (10, 64), "F16")
+    matrix, m = stored(rng, (64, 64), "F16")
+    state = up(np.array([0, 0, 3, 0], np.int32))
+    x, h = BACKEND.empty((1, 64), np.float32), BACKEND.empty((1, 64), np.float32)
+
+    def step():
+        BACKEND.embed(state[2:3], table, x)
+        BACKEND.embed(state[2:3], table, h)
+        BACKEND.linear_add(h, matrix, None, x)
+
+    captured = BACKEND.captured(step)
+    for token in (3, 7, 1, 9):
+        BACKEND.advance(state, token)
+        captured()
+        np.testing.assert_allclose(BACKEND.download(x)[0], w[token] + m @ w[token], rtol=1e-5, atol=1e-5)
+    assert BACKEND.download(state).tolist() == [4, 4, 9, 0]
+
+
+def test_an_index_outside_its_table_is_reported():
+    table, out = BACKEND.matrix(np.zeros((4, 8), np.float16), "F16"), BACKEND.empty((1, 8), np.float32)
+    BACKEND.embed(up(np.array([4], np.int32)), table, out)
+    with pytest.raises(KernelError, match="outside its table"):
+        BACKEND.download(out)
+    BACKEND.embed(up(np.array([3], np.int32)), table, out)
+    assert not BACKEND.download(out).any()
+
+
+def test_mismatches_are_named():
+    x, out = BACKEND.empty((2, 8), np.float32), BACKEND.empty((2, 5), np.float32)
+    weight = BACKEND.matrix(np.zeros((5, 8), np.float16), "F16")
+    with pytest.raises(KernelError, match=r"weight must be \(5, 16\), but is \(5, 8\)"):
+        BACKEND.linear_add(BACKEND.empty((2, 16), np.float32), weight, None, out)
+    with pytest.raises(KernelError, match=r"x must be float32 of shape \(2, 5\), but is float16"):
+        BACKEND.linear_add(x, weight, None, BACKEND.empty((2, 5), np.float16))
+    with pytest.raises(KernelError, match="multiple of 8 inputs, but has 7"):
+        BACKEND.matrix(np.zeros((5, 7), np.float16), "F16")
+    with pytest.raises(KernelError, match="gate F16, up BF16"):
+        other = BACKEND.matrix(np.zeros((5, 8), np.uint16), "BF16")
+        BACKEND.gate_up(x, up(np.ones(8, np.float32)), 1e-5, weight, other, None, None, out)
+
+
+def test_out_of_memory_says_what_was_needed_and_what_helps():
+    with pytest.raises(DeviceMemoryError, match=r"the KV cache needs 9,536,743 MiB on the GPU, but .* free; lower"):
+        BACKEND.arena(10**13)
