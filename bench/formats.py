@@ -104,7 +104,7 @@ def measure(model: cocktail.Model, context: str, answer_tokens: int) -> npt.NDAr
         cache.assign(plan)
     rope = engine.rope(len(prompt), len(prompt) + answer_tokens)
     logits = engine.backend.empty((1, engine.config.vocab_size), np.float32)
-    for _ in prefill(engine, prompt, rope, caches, logits):
+    for _ in prefill(engine, prompt, rope, caches, logits, engine.backend.prefill_tile):
         pass
     reading = Reading(engine, tuple(prompt), caches, rope, engine.backend.download(logits).copy())
     answer = list(reading.generate(SamplingParams(), answer_tokens, ()))

@@ -15,7 +15,6 @@ from pathlib import Path
 import cocktail
 from cocktail.answer import peak_memory
 from runtime.checkpoint import Checkpoint
-from runtime.model import TILE
 from runtime.tokenizer import Tokenizer
 
 
@@ -41,7 +40,8 @@ def main() -> None:
     layer = 2 * 2 * config.n_kv_heads * config.head_dim * tokens
     per_row = config.hidden_size  # x of every token; the rest is per tile row
     tile_row = 2 * config.n_heads * config.head_dim + config.intermediate_size
-    activations = 4 * (tokens * (per_row + config.head_dim) + TILE * tile_row + 2 * config.vocab_size)
+    tile = model.backend.prefill_tile
+    activations = 4 * (tokens * (per_row + config.head_dim) + tile * tile_row + 2 * config.vocab_size)
     parts = {"weights": model.weights_bytes, "arena": answer.stats.cache_bytes, "one layer's K and V": layer,
              "activations": activations}
     expected = sum(parts.values())

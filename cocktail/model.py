@@ -12,7 +12,7 @@ from runtime.backend import Backend, load_backend
 from runtime.chat import ChatTemplate, encode_messages
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
-from runtime.errors import BackendError, PromptError, TokenizerError
+from runtime.errors import BackendError, OutOfMemory, PromptError, TokenizerError
 from runtime.model import Model as Engine
 from runtime.plan import FP16, DocumentShape, Plan
 from runtime.sampler import SamplingParams
@@ -22,11 +22,11 @@ from runtime.weights import load_weights
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 
-def load(path: str | Path, *, backend: str = "auto", threads: int | None = None) -> Model:
+def load(path: str | Path, *, backend: str = "auto", threads: int | None = None, graph: bool = True) -> Model:
     """Load a .safetensors file, a sharded index or a Hugging Face folder.
 
-    backend: "auto", "cpu" or "cuda". threads: of the CPU backend, None for a measured choice. Raises CheckpointError,
-    TokenizerError, BackendError, OutOfMemory.
+    backend: "auto", "cpu" or "cuda". threads: of the CPU backend, None for a measured choice. graph: whether CUDA
+    captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
     """
     with Checkpoint.open(path) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -34,12 +34,15 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None)
             raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
                                  f"{checkpoint.config.vocab_size}; they do not belong together")
         template = ChatTemplate.from_checkpoint(checkpoint)
-        config, chosen = checkpoint.config, load_backend(backend, threads)
+        config, chosen = checkpoint.config, load_backend(backend, threads, graph)
         try:
             chosen.check_model(config.n_heads, config.n_kv_heads, config.head_dim)
         except RuntimeError as error:
             raise BackendError(f"backend {chosen.name} cannot run this model: {error}") from error
-        weights = load_weights(checkpoint, chosen)
+        try:
+            weights = load_weights(checkpoint, chosen)
+        except MemoryError as error:
+            raise OutOfMemory(f"the weights do not fit: {error}") from error
         return Model(Engine(config, weights, chosen), tokenizer, template)
 
 

@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     machine.add_argument("--threads", metavar="N", type=_at_least(1), help="CPU threads (default: measured choice)")
 
+    machine.add_argument("--no-graph", action="store_true", help="CUDA: launch every kernel of a step by itself")
+
     report = p.add_argument_group("report (stderr)")
     report.add_argument("--stats", choices=("table", "json", "none"), default="table",
                         help="summary after the answer; json is one line, the last of stderr (default: table)")
@@ -118,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
     import cocktail
 
     _survive_any_text()
-    model = cocktail.load(options.model, backend=options.backend, threads=options.threads)
+    model = cocktail.load(options.model, backend=options.backend, threads=options.threads,
+                          graph=not options.no_graph)
     common: dict[str, Any] = {"sampling": _sampling(options, model), "stop": tuple(options.stop), "stream": True}
     if options.max_tokens is not None:
         common["max_tokens"] = options.max_tokens

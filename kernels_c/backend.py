@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class CpuBackend(CacheOps):
     """
 
     name = "cpu"
+    prefill_tile = 512
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         if threads is not None and threads < 1:
@@ -74,6 +76,10 @@ class CpuBackend(CacheOps):
         if free is not None and nbytes > free:
             raise MemoryError(f"the KV cache needs {nbytes:,} bytes, but {free:,} are free; lower --kv-bits")
         return allocate((nbytes,), U8)
+
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The step itself: on the CPU a call costs next to nothing."""
+        return step
 
     # layer operations ------------------------------------------------------------------------------------------
     def embed(self, ids: Buffer, table: Matrix, out: Buffer) -> None:

@@ -13,7 +13,7 @@ Letters: T tokens (rows), E hidden size, H query heads, G KV heads, D head_dim, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Backend(Protocol):
     """The operations of a layer. Every method checks shapes and dtypes; results are deterministic."""
 
     name: str
+    prefill_tile: int  # tokens of one prefill step: large enough to keep the device busy
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
@@ -99,6 +100,12 @@ class Backend(Protocol):
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None) -> Any:
         """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel)."""
+
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that does what `step` does, perhaps recorded once and replayed.
+
+        `step` may touch only buffers that keep their addresses; what changes from call to call is in the state buffer.
+        """
 
     # layer operations ------------------------------------------------------------------------------------------
     def embed(self, ids: Array, table: Matrix, out: Array) -> None:
@@ -155,15 +162,28 @@ class Backend(Protocol):
         """Next step: position and slot grow by one, token is the id to decode."""
 
 
-def load_backend(name: str = "auto", threads: int | None = None) -> Backend:
+def load_backend(name: str = "auto", threads: int | None = None, graph: bool = True) -> Backend:
     """The backend of that name ("auto", "cpu", "cuda"); kernels are imported here and nowhere else in the runtime.
 
-    Raises BackendError where its kernels are missing or cannot run on this machine.
+    auto: CUDA where CuPy and a GPU are there, else the CPU. threads: of the CPU backend. graph: whether CUDA captures
+    decode steps. Raises BackendError where its kernels are missing or cannot run on this machine.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise BackendError(f"unknown backend {name!r}; expected auto, cpu or cuda")
-    if name == "cuda":
-        raise BackendError("this version has no CUDA kernels yet; use --backend cpu")
+    if name != "cpu":
+        from kernels_cu.errors import CupyMissing, NoDevice
+        from kernels_cu.errors import KernelError as CudaError
+
+        try:
+            from kernels_cu.backend import CudaBackend
+
+            cuda: Backend = CudaBackend(graph=graph)
+            return cuda
+        except (CupyMissing, NoDevice) as error:
+            if name == "cuda":
+                raise BackendError(str(error)) from error
+        except CudaError as error:  # there is a GPU: running elsewhere would be a silent slow path
+            raise BackendError(f"{error}; or use --backend cpu") from error
     try:
         from kernels_c.errors import KernelError
     except ImportError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
-from runtime.model import TILE, Model, StepBuffers, decode_step, prefill
+from runtime.model import Model, StepBuffers, decode_step, prefill
 from runtime.plan import Plan
 from runtime.sampler import Sampler, SamplingParams
 
@@ -47,6 +48,8 @@ class Reading:
     def __post_init__(self) -> None:
         self._buffers = StepBuffers.allocate(self.model.config, self.model.backend, 1)
         self._logits = self.model.backend.empty(self.first_logits.shape, np.float32)
+        self._steps = [self.model.backend.captured(
+            partial(decode_step, self.model, cache, self.rope, self._buffers, self._logits)) for cache in self.caches]
 
     def generate(self, params: SamplingParams, max_new: int, stop_ids: Collection[int],
                  cache: int = 0) -> Iterator[int]:
@@ -62,7 +65,7 @@ class Reading:
         for count in range(max_new):
             if count:
                 begin = time.perf_counter()
-                decode_step(self.model, target, self.rope, self._buffers, self._logits)
+                self._steps[cache]()
                 token = sampler.draw(self._logits)
                 backend.advance(target.state, token)
                 self.timing.decode += time.perf_counter() - begin
@@ -86,17 +89,18 @@ class Reading:
         rows[0] = self.first_logits[0]
         target.start(answer[0])
         for i in range(1, len(answer)):
-            decode_step(self.model, target, self.rope, self._buffers, self._logits)
+            self._steps[cache]()
             rows[i] = backend.download(self._logits)[0]
             backend.advance(target.state, answer[i])
         return rows
 
 
 def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: Progress | None = None,
-         tile: int = TILE) -> Reading:
+         tile: int | None = None) -> Reading:
     """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
 
-    The caches are allocated first: a plan that does not fit costs no prefill.
+    The caches are allocated first: a plan that does not fit costs no prefill. tile: tokens of one prefill step, None
+    for the backend's own choice.
     """
     if not prompt:
         raise PromptError("the prompt is empty; give a context, a query or both")
@@ -111,7 +115,7 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: P
     try:
         rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
         logits = model.backend.empty((1, config.vocab_size), np.float32)
-        for done, total in prefill(model, prompt, rope, caches, logits, tile):
+        for done, total in prefill(model, prompt, rope, caches, logits, tile or model.backend.prefill_tile):
             if progress is not None:
                 progress(done, total)
     except MemoryError as error:

@@ -17,8 +17,6 @@ from runtime.config import ModelConfig
 from runtime.rope import rope_tables
 from runtime.weights import Weights
 
-TILE = 512  # tokens of one prefill step
-
 
 @dataclass(frozen=True)
 class Model:
@@ -52,7 +50,7 @@ class StepBuffers:
 
 
 def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array,
-            tile: int = TILE) -> Generator[tuple[int, int], None, None]:
+            tile: int) -> Generator[tuple[int, int], None, None]:
     """Run the prompt and fill every cache; resumable anywhere between steps.
 
     Yields (steps done, steps in all) after each (layer, token tile). At the end logits (1, V) predict the first

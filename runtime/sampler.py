@@ -61,6 +61,6 @@ class Sampler:
         token = self._backend.sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty,
                                      self._seen, self._n_seen, uniform)
         if self._keeps_seen and self._n_seen < self._seen.shape[0]:
-            self._seen[self._n_seen : self._n_seen + 1] = token
+            self._seen[self._n_seen : self._n_seen + 1] = self._backend.upload(np.array([token], np.int32))
             self._n_seen += 1
         return token

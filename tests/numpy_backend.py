@@ -17,6 +17,7 @@ from runtime.formats import round_trip
 @dataclass
 class NumpyBackend:
     name: str = "numpy"
+    prefill_tile: int = 512
     chunks: dict = field(default_factory=dict)  # span.positions (arena offset) -> decoded K and V (n, G, C, D)
 
     def kernels(self):
@@ -43,6 +44,9 @@ class NumpyBackend:
 
     def arena(self, nbytes):
         return np.full(nbytes, 0xA5, np.uint8)
+
+    def captured(self, step):
+        return step
 
     def bind(self, arena, spans, tail, heads, kv_heads, head_dim, chunk, window):
         half = np.float16

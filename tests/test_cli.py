@@ -56,7 +56,7 @@ def test_answer_goes_to_stdout_and_the_summary_to_stderr(model, files, capsys):
 def test_only_given_options_reach_the_api(model, files):
     """So that a default is stated once, in the API, and conflicts between options are found by it."""
     run.main(ASK)
-    assert model.options("load") == {"backend": "auto", "threads": None}
+    assert model.options("load") == {"backend": "auto", "threads": None, "graph": True}
     assert model.options("read") == {"system": None}
     asked = model.options("ask")
     assert asked.keys() == {"policy", "sampling", "stop", "stream", "progress"}
@@ -82,6 +82,7 @@ def test_only_given_options_reach_the_api(model, files):
     (["--system", "Be brief."], "read", "system", "Be brief."),
     (["--backend", "cpu"], "load", "backend", "cpu"),
     (["--threads", "2"], "load", "threads", 2),
+    (["--no-graph"], "load", "graph", False),
 ])
 def test_option_reaches_the_api(model, files, given, call, name, value):
     assert run.main([*ASK, *given]) == 0
