@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from dense_ref import hostile, norm64, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,30 +57,10 @@ def up(array):
     return None if array is None else BACKEND.upload(array)
 
 
-def stored(rng, shape, dtype, scale=1.0):
+def weights(rng, shape, dtype, scale=1.0):
     """(matrix on the GPU, its exact float64 values)."""
-    values = (rng.standard_normal(shape) * scale).astype(np.float32)
-    if dtype == "BF16":
-        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return BACKEND.matrix(bits, dtype), (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    data = values.astype(np.float16 if dtype == "F16" else np.float32)
-    return BACKEND.matrix(data, dtype), data.astype(np.float64)
-
-
-def hostile(rng, shape):
-    """Activations with outliers, zeros and denormals among ordinary values."""
-    x = rng.standard_normal(shape).astype(np.float32)
-    kind = rng.integers(0, 40, shape)
-    x[kind == 0] = 1e4
-    x[kind == 1] = -1e4
-    x[kind == 2] = 0
-    x[kind == 3] = 1e-40
-    return x
-
-
-def norm64(x, weight, eps):
-    x = x.astype(np.float64)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(np.float64)
+    data, values = stored(rng, shape, dtype, scale)
+    return BACKEND.matrix(data, dtype), values
 
 
 def dot_bound(a, b, dtype):
@@ -97,7 +78,7 @@ def dot_bound(a, b, dtype):
 @given(T=rows, K=depths, N=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
 def test_linear_add(T, K, N, dtype, bias, seed):
     rng = np.random.default_rng(seed)
-    matrix, w = stored(rng, (N, K), dtype)
+    matrix, w = weights(rng, (N, K), dtype)
     h, x0, b = hostile(rng, (T, K)), hostile(rng, (T, N)), rng.standard_normal(N).astype(np.float32)
     x = Guarded((T, N), fill=x0)
     BACKEND.linear_add(up(h), matrix, up(b) if bias else None, x.array)
@@ -110,7 +91,7 @@ def test_linear_add(T, K, N, dtype, bias, seed):
 @given(T=rows, E=depths, V=sizes, dtype=dtypes, seed=seeds)
 def test_logits(T, E, V, dtype, seed):
     rng = np.random.default_rng(seed)
-    head, w = stored(rng, (V, E), dtype)
+    head, w = weights(rng, (V, E), dtype)
     x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
     out = Guarded((T, V))
     BACKEND.logits(up(x), up(norm), 1e-5, head, out.array)
@@ -122,7 +103,7 @@ def test_logits(T, E, V, dtype, seed):
 @given(T=rows, E=depths, I=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
 def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
     rng = np.random.default_rng(seed)
-    (gate, g), (up_matrix, u) = stored(rng, (I, E), dtype), stored(rng, (I, E), dtype)
+    (gate, g), (up_matrix, u) = weights(rng, (I, E), dtype), weights(rng, (I, E), dtype)
     x, norm = hostile(rng, (T, E)), rng.standard_normal(E).astype(np.float32)
     gb, ub = (rng.standard_normal(I).astype(np.float32) if bias else None for _ in range(2))
     out = Guarded((T, I))
@@ -152,7 +133,7 @@ def test_qkv(T, E, G, group, D, dtype, bias, scale, seed):
     if T > 1 and scale > 1:
         scale = 1.0  # the normed activations themselves would leave FP16
     rng, H = np.random.default_rng(seed), G * group
-    (mq, wq), (mk, wk), (mv, wv) = (stored(rng, (n * D, E), dtype) for n in (H, G, G))
+    (mq, wq), (mk, wk), (mv, wv) = (weights(rng, (n * D, E), dtype) for n in (H, G, G))
     x, norm = hostile(rng, (T, E)), (rng.standard_normal(E) * scale).astype(np.float32)
     biases = [rng.standard_normal(n * D).astype(np.float32) if bias else None for n in (H, G, G)]
     P, S = T + 9, T + 5
@@ -228,7 +209,7 @@ def test_prefill_attention(T, before, spare, G, group, D, window, scale, process
 @given(T=st.integers(1, 70), E=depths, V=st.integers(1, 300), dtype=dtypes, seed=seeds)
 def test_embed(T, E, V, dtype, seed):
     rng = np.random.default_rng(seed)
-    table, w = stored(rng, (V, E), dtype)
+    table, w = weights(rng, (V, E), dtype)
     ids, out = rng.integers(0, V, T).astype(np.int32), Guarded((T, E))
     BACKEND.embed(up(ids), table, out.array)
     assert np.array_equal(out.check(), w[ids])
@@ -323,7 +304,7 @@ def test_every_half_survives_embedding():
 def test_two_runs_are_bitwise_equal(T):
     rng = np.random.default_rng(T)
     x, norm = up(rng.standard_normal((T, 1536)).astype(np.float32)), up(np.ones(1536, np.float32))
-    gate, up_matrix = (stored(rng, (4500, 1536), "F16")[0] for _ in range(2))
+    gate, up_matrix = (weights(rng, (4500, 1536), "F16")[0] for _ in range(2))
     results = set()
     for _ in range(5):
         out = Guarded((T, 4500))
@@ -335,8 +316,8 @@ def test_two_runs_are_bitwise_equal(T):
 def test_a_captured_step_follows_device_memory():
     """The second call captures, the third replays: all three must read the state of their moment."""
     rng = np.random.default_rng(1)
-    table, w = stored(rng, (10, 64), "F16")
-    matrix, m = stored(rng, (64, 64), "F16")
+    table, w = weights(rng, (10, 64), "F16")
+    matrix, m = weights(rng, (64, 64), "F16")
     state = up(np.array([0, 0, 3, 0], np.int32))
     x, h = BACKEND.empty((1, 64), np.float32), BACKEND.empty((1, 64), np.float32)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from dense_ref import hostile, norm64, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,37 +33,11 @@ class Guarded:
         return np.asarray(self.array, np.float64)
 
 
-def stored(rng, shape, dtype, scale=1.0):
-    """(array as stored, its exact float64 values) for random weights of one dtype."""
-    values = (rng.standard_normal(shape) * scale).astype(np.float32)
-    if dtype == "BF16":
-        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    data = values.astype(np.float16 if dtype == "F16" else np.float32)
-    return data, data.astype(np.float64)
-
-
 def unaligned(data):
     """The same matrix at an odd address, as a mapped file may have it."""
     raw = np.zeros(data.nbytes + 1, np.uint8)
     raw[1:] = data.view(np.uint8).ravel()
     return raw[1:].view(data.dtype).reshape(data.shape)
-
-
-def hostile(rng, shape):
-    """Activations with outliers, zeros and denormals among ordinary values."""
-    x = rng.standard_normal(shape).astype(np.float32)
-    kind = rng.integers(0, 40, shape)
-    x[kind == 0] = 1e4
-    x[kind == 1] = -1e4
-    x[kind == 2] = 0
-    x[kind == 3] = 1e-40
-    return x
-
-
-def norm64(x, weight, eps):
-    x = x.astype(np.float64)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(np.float64)
 
 
 def dot_bound(n, a, b):
