@@ -34,7 +34,7 @@ def table(answer: Answer) -> str:
         ("cache", f"{_size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
                   f"{_size(s.cache_fp16_bytes)} at FP16"),
         ("memory", f"weights {_size(s.weights_bytes)}, process peak {_size(s.peak_memory_bytes)}"),
-        ("backend", f"{s.backend}: " + ", ".join(f"{name} {kernel}" for name, kernel in s.kernels.items())),
+        ("backend", f"{s.backend}: " + ", ".join(dict.fromkeys(s.kernels.values()))),
     ]
     rows += [("note", note) for note in answer.plan.notes]
     return "\n".join(f"{name:8} {text}" for name, text in rows)

@@ -49,7 +49,7 @@ def test_answer_goes_to_stdout_and_the_summary_to_stderr(model, files, capsys):
     out, err = capsys.readouterr()
     assert out == "Odo Farrant\n"
     for shown in ("140", "100", "500.0 ms", "20.0 tokens/s", "FP16", "33.3%", "K3V2", "66.7%", "7.50 bits", "25.0%",
-                  "3.00 GiB", "5.0 MiB", "cpu: decode decode_avx2", "ended by length"):
+                  "3.00 GiB", "5.0 MiB", "cpu: decode_avx2", "ended by length"):
         assert shown in err
 
 
