@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from runtime.arena import ArenaLayout
 from runtime.config import ModelConfig
 from runtime.engine import Progress, Reading, read
 from runtime.errors import PromptError
@@ -225,8 +226,6 @@ def check_positions(config: ModelConfig, prompt_tokens: int, max_tokens: int | N
 
 def plan_sizes(plan: Plan) -> dict[str, Any]:
     """chunks per tier (of the first layer), bits per context value, bytes of the arena and of the same at FP16."""
-    from runtime.arena import ArenaLayout
-
     sizes = ArenaLayout(plan.layout)
     counts = plan.layout.counts[0]
     return {

@@ -18,7 +18,6 @@ from cocktail.answer import Answer, AnswerStream, Job, check_positions, plan_siz
 from cocktail.chunks import cut
 from cocktail.policies import Policy, default_query, load_policy
 from cocktail.scorers import Scorer, load_scorer
-from runtime.arena import ArenaLayout
 from runtime.chat import split_prompt
 from runtime.engine import Reading, read
 from runtime.errors import PlanError, PromptError
@@ -193,5 +192,5 @@ class Document:
 def plan_stats(plan: Plan) -> dict[str, Any]:
     """bpv: bits per context value; cache_bytes: the arena; fp16_bytes: the same tokens at 16 bits; chunks per tier."""
     sizes = plan_sizes(plan)
-    return {"bpv": ArenaLayout(plan.layout).context_bits_per_value, "cache_bytes": sizes["cache_bytes"],
+    return {"bpv": sizes["context_bits_per_value"], "cache_bytes": sizes["cache_bytes"],
             "fp16_bytes": sizes["cache_fp16_bytes"], "chunks": sizes["chunks"]}
