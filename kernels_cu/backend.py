@@ -31,7 +31,8 @@ from kernels_cu.build import architecture_of, current_device, import_cupy, kerne
 from kernels_cu.cache_ops import CacheOps
 from kernels_cu.ends import ADVANCE, EMBED, MAX_VOCABULARY, SAMPLE
 from kernels_cu.errors import KernelError
-from kernels_cu.linear import Linear, Operation
+from kernels_cu.linear import Linear
+from kernels_cu.product import Operation
 
 _OPERATIONS = {
     "embed": "embed", "qkv": "gemv, panel, cuBLAS", "prefill_attention": "prefill_attention",

@@ -1,8 +1,8 @@
 """Products of activations with weight matrices: which kernel runs, and how it is launched.
 
 One row (decode): `gemv`, bound by reading the weights. Two to sixteen rows: `panel`, the same on tensor cores. More
-rows (prefill), and float32 weights from two rows on: cuBLAS, with the activations converted to the weights' type,
-float32 sums, and `finish` for what cuBLAS cannot do. cuBLAS cannot be captured into a graph; the other two can.
+rows (prefill), and float32 weights from two rows on: cuBLAS (kernels_cu.product), which cannot be captured into a
+graph; the other two can.
 """
 
 from __future__ import annotations
@@ -14,39 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from kernels_cu.arrays import NULL, STORED, Array, Matrix, allocate
+from kernels_cu import product
+from kernels_cu.arrays import NULL, STORED
 from kernels_cu.build import Spec, current_device, import_cupy, kernel
-from kernels_cu.errors import KernelError, ToolkitMissing
-
-Defines = tuple[tuple[str, int | str], ...]
+from kernels_cu.errors import KernelError
+from kernels_cu.product import PAIR, Defines, Operation, Product
 
 PANEL_ROWS = 16
-_PAIR = {"STORE": 1, "ADD": 1, "GATE_UP": 2, "QKV": 2}
 _GEMV_WARPS, _GEMV_CHUNKS, _GEMV_LOADS = 8, 4, 8
 _GEMV_VALUES = 64  # activations that a lane can hold
 _PANEL_WARPS, _PANEL_TILES = 8, 2
-_CUDA_R = {"F32": 0, "F16": 2, "BF16": 14}
-_COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An epilogue of epilogue.cuh, its weights and arguments; D only for QKV."""
-
-    epilogue: str
-    weights: tuple[Matrix, ...]
-    units: int
-    arguments: tuple[Any, ...]
-    D: int = 0
-
-    @property
-    def dtype(self) -> str:
-        return self.weights[0].dtype
-
-    @property
-    def defines(self) -> Defines:
-        head = (("D", self.D),) if self.D else ()
-        return (("EPILOGUE", self.epilogue), ("WEIGHT", self.dtype), *head)
 
 
 @dataclass(frozen=True)
@@ -63,12 +40,12 @@ class Launch:
 
 
 class Linear:
-    """Runs Operations on one GPU; owns the scratch memory of the cuBLAS path, which grows to the largest tile."""
+    """Runs Operations on one GPU."""
 
     def __init__(self) -> None:
         device = import_cupy().cuda.runtime.getDeviceProperties(current_device())
         self._processors = int(device["multiProcessorCount"])
-        self._scratch: dict[str, Array] = {}
+        self._product = Product()
 
     def run(self, operation: Operation, x: np.uint64, T: int, K: int, norm: np.uint64 | None = None,
             eps: float = 0.0) -> None:  # fmt: skip
@@ -77,46 +54,11 @@ class Linear:
             launch = _gemv(operation.defines, norm is not None, K, operation.units, self._processors)
             launch(x, NULL if norm is None else norm, np.float32(eps), np.int32(K), *operation.arguments)
             return
-        activations = self._converted(operation.dtype, x, T, K, norm, eps)
+        activations = self._product.converted(operation.dtype, x, T, K, norm, eps)
         if T <= PANEL_ROWS and operation.dtype != "F32":
             _panel(operation.defines, operation.units, T)(activations, np.int32(T), np.int32(K), *operation.arguments)
         else:
-            self._by_cublas(operation, activations, T, K)
-
-    def _converted(self, dtype: str, x: np.uint64, T: int, K: int, norm: np.uint64 | None, eps: float) -> np.uint64:
-        """x in the weights' type, normed; x itself where there is nothing to do."""
-        if dtype == "F32" and norm is None:
-            return x
-        out = self._room("activations", T * K * STORED[dtype].itemsize)
-        convert = _convert(dtype, norm is not None)
-        convert((T,), (256,), (x, NULL if norm is None else norm, np.float32(eps), np.int32(K), out))
-        return out
-
-    def _by_cublas(self, operation: Operation, activations: np.uint64, T: int, K: int) -> None:
-        units, epilogue = operation.units, operation.epilogue
-        finish = kernel(_finish_spec(operation.defines))
-        grid = (-(-units // 256), T)
-        if _PAIR[epilogue] == 1:
-            _, bias, out, _ = operation.arguments
-            if bias:
-                finish(grid, (256,), (NULL, *operation.arguments))
-            _gemm(operation.weights[0], activations, T, out, units, add=epilogue == "ADD" or bool(bias))
-            return
-        total = sum(weight.shape[0] for weight in operation.weights)
-        sums = self._room("sums", 4 * T * total)
-        column = 0
-        for weight in operation.weights:
-            _gemm(weight, activations, T, np.uint64(int(sums) + 4 * column), total)
-            column += weight.shape[0]
-        finish(grid, (256,), (sums, *operation.arguments))
-
-    def _room(self, name: str, nbytes: int) -> np.uint64:
-        held = self._scratch.get(name)
-        if held is None or held.nbytes < nbytes:
-            self._scratch.pop(name, None)
-            held = allocate((nbytes,), np.uint8, f"prefill scratch ({name})", "use a smaller tile")
-            self._scratch[name] = held
-        return np.uint64(held.data.ptr)
+            self._product.run(operation, activations, T, K)
 
 
 def compile_cover() -> Iterator[Spec]:
@@ -131,11 +73,11 @@ def compile_cover() -> Iterator[Spec]:
                 defines += (("D", heads[j]),)
             for depth in depths[(i + j) % 3 :: 3]:
                 yield _gemv_spec(defines, epilogue != "ADD", depth)
-            yield _finish_spec(defines)
+            yield product.finish_spec(defines)
             if dtype != "F32":
                 yield from (_panel_spec(defines, columns) for columns in (1, 2))
     for dtype in dtypes:
-        yield from (_convert_spec(dtype, norm) for norm in (False, True))
+        yield from (product.convert_spec(dtype, norm) for norm in (False, True))
 
 
 @cache
@@ -144,7 +86,7 @@ def _gemv(defines: Defines, norm: bool, K: int, units: int, processors: int) -> 
     chosen = dict(spec.defines)
     blocks = int(chosen["BLOCKS"]) * processors
     teams = blocks * int(chosen["WARPS"]) // int(chosen["TEAM"])
-    shared = 4 * int(chosen["WARPS"]) * -(-units // teams) * _PAIR[str(chosen["EPILOGUE"])]
+    shared = 4 * int(chosen["WARPS"]) * -(-units // teams) * PAIR[str(chosen["EPILOGUE"])]
     return Launch(kernel(spec, shared), blocks, 32 * int(chosen["WARPS"]), shared)
 
 
@@ -160,7 +102,7 @@ def _gemv_spec(defines: Defines, norm: bool, K: int) -> Spec:
         team *= 2
     chunks = -(-K // (team * per_warp))
     units = 1
-    while 2 * units * _PAIR[str(chosen["EPILOGUE"])] * chunks <= _GEMV_LOADS:
+    while 2 * units * PAIR[str(chosen["EPILOGUE"])] * chunks <= _GEMV_LOADS:
         units *= 2
     return Spec.of("gemv.cu", "gemv", NORM=int(norm), TEAM=team, CHUNKS=chunks, UNITS=units, WARPS=warps, BLOCKS=blocks,
                    **chosen)  # fmt: skip
@@ -169,44 +111,9 @@ def _gemv_spec(defines: Defines, norm: bool, K: int) -> Spec:
 @cache
 def _panel(defines: Defines, units: int, T: int) -> Launch:
     spec = _panel_spec(defines, -(-T // 8))
-    block_units = _PANEL_TILES * 16 // _PAIR[str(dict(defines)["EPILOGUE"])]
+    block_units = _PANEL_TILES * 16 // PAIR[str(dict(defines)["EPILOGUE"])]
     return Launch(kernel(spec), -(-units // block_units), 32 * _PANEL_WARPS)
 
 
 def _panel_spec(defines: Defines, columns: int) -> Spec:
     return Spec.of("panel.cu", "panel", WARPS=_PANEL_WARPS, TILES=_PANEL_TILES, COLUMN_TILES=columns, **dict(defines))
-
-
-@cache
-def _finish_spec(defines: Defines) -> Spec:
-    return Spec.of("finish.cu", "finish", **dict(defines))
-
-
-def _convert_spec(dtype: str, norm: bool) -> Spec:
-    return Spec.of("convert.cu", "convert", WEIGHT=dtype, NORM=int(norm))
-
-
-@cache
-def _convert(dtype: str, norm: bool) -> Any:
-    return kernel(_convert_spec(dtype, norm))
-
-
-def _gemm(weight: Matrix, x: np.uint64, T: int, out: np.uint64, stride: int, add: bool = False) -> None:
-    """out (T, N), rows `stride` floats apart, = or += x (T, K) @ weight.T, sums in float32."""
-    cublas, handle = _cublas()
-    cublas.setStream(handle, import_cupy().cuda.get_current_stream().ptr)
-    N, K = weight.shape
-    factors = np.array([1, 1 if add else 0], np.float32)  # alpha and beta, in host memory until the call returns
-    at, kind = factors.ctypes.data, _CUDA_R[weight.dtype]
-    # cuBLAS counts by columns: its (N, T) is our (T, N).
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, N, T, K, at, int(weight.address), kind, K,
-                  int(x), kind, K, at + 4, int(out), _CUDA_R["F32"], stride, _COMPUTE_32F,
-                  _DEFAULT_ALGORITHM)  # fmt: skip
-
-
-def _cublas() -> tuple[Any, Any]:
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError as error:
-        raise ToolkitMissing(f"cuBLAS cannot be loaded ({error}); run: pip install nvidia-cublas") from error
-    return cublas, import_cupy().cuda.device.get_cublas_handle()
