@@ -6,23 +6,32 @@
 
 A region holds all chunks of one width: first the codes (KV head, chunk), then the metadata (KV head, chunk). Tiers that
 share a width lie behind one another in its region, in tier order. Every part begins on a 64-byte boundary.
+
+With Layout.in_place a region holds one run of neighbours of one tier, and K's regions, then V's, follow one another as
+the document does: mixed widths in place, every run a span of its own. It costs padding between runs and short spans;
+the kernels are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.backend import Span, Tail
 from runtime.formats import Kind, block_bytes
-from runtime.plan import Layout
+from runtime.plan import Layout, Tier, runs
 
 ALIGNMENT = 64
+_KINDS: tuple[Kind, Kind] = ("K", "V")
 
 
 @dataclass(frozen=True)
 class Region:
-    """All chunks of one layer, one of K/V and one width. Offsets from the layer's start, sizes in bytes."""
+    """All chunks of one layer, one of K/V and one width; in place, one run of them.
+
+    Offsets from the layer's start, sizes in bytes.
+    """
 
     kind: Kind
     bits: int
@@ -35,7 +44,8 @@ class Region:
 
 @dataclass(frozen=True)
 class LayerArena:
-    """One layer's part; offsets from the layer's start. spans[i] belongs to tier i and may be empty (n == 0)."""
+    """One layer's part; offsets from the layer's start. spans[i] belongs to tier i, in place to run i, and may be empty
+    (n == 0)."""
 
     regions: tuple[Region, ...]
     spans: tuple[Span, ...]
@@ -53,8 +63,12 @@ class ArenaLayout:
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        distinct = {counts: _layer(layout, counts) for counts in set(layout.counts)}
-        self.layers = tuple(distinct[counts] for counts in layout.counts)
+        if layout.in_place is None:
+            sized = {counts: _layer(layout, counts) for counts in set(layout.counts)}
+            self.layers = tuple(sized[counts] for counts in layout.counts)
+        else:
+            placed = {chunks: _layer_in_place(layout, chunks) for chunks in set(layout.in_place)}
+            self.layers = tuple(placed[chunks] for chunks in layout.in_place)
         starts = [0]
         for layer in self.layers:
             starts.append(starts[-1] + layer.nbytes)
@@ -81,7 +95,7 @@ class ArenaLayout:
         return 4 * layout.n_layers * layout.n_kv_heads * layout.head_dim * tokens
 
     def spans(self, layer: int) -> tuple[Span, ...]:
-        """The spans of one layer, one per tier, with offsets from the arena's start."""
+        """The spans of one layer, one per tier (in place: per run), with offsets from the arena's start."""
         start = self._starts[layer]
         return tuple(Span(s.n, s.k_bits, s.v_bits, start + s.k_codes, s.k_codes_stride, start + s.k_meta,
                           s.k_meta_stride, start + s.v_codes, s.v_codes_stride, start + s.v_meta, s.v_meta_stride,
@@ -93,45 +107,84 @@ class ArenaLayout:
         return Tail(start + tail.k, start + tail.v, self.tail_positions, tail.capacity, tail.head)
 
 
-def _layer(layout: Layout, counts: tuple[int, ...]) -> LayerArena:
-    heads, dim, chunk = layout.n_kv_heads, layout.head_dim, layout.chunk
-    offset = 0
+class _Offsets:
+    """Hands out parts one behind the other, each on a boundary."""
 
-    def take(nbytes: int) -> int:
-        nonlocal offset
-        start = offset
-        offset = _align(offset + nbytes)
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, nbytes: int) -> int:
+        start = self.end
+        self.end = _align(start + nbytes)
         return start
 
+
+def _layer(layout: Layout, counts: tuple[int, ...]) -> LayerArena:
+    offsets = _Offsets()
     regions: dict[tuple[Kind, int], Region] = {}
-    kinds: tuple[Kind, Kind] = ("K", "V")
-    for kind in kinds:
-        widths = [tier.k_bits if kind == "K" else tier.v_bits for tier in layout.tiers]
+    for kind in _KINDS:
+        widths = [_bits(tier, kind) for tier in layout.tiers]
         for bits in sorted(set(widths) - {0}):
             n = sum(count for width, count in zip(widths, counts, strict=True) if width == bits)
-            codes_bytes, meta_bytes = block_bytes(kind, bits, chunk, dim)
-            regions[kind, bits] = Region(kind, bits, n, take(heads * n * codes_bytes), codes_bytes,
-                                         take(heads * n * meta_bytes), meta_bytes)
+            regions[kind, bits] = _region(layout, offsets, kind, bits, n)
     used = dict.fromkeys(regions, 0)  # chunks of each region that earlier tiers took
     spans = []
     for tier, n in zip(layout.tiers, counts, strict=True):
-        positions = take(4 * n if tier.k_bits else 0)
+        positions = offsets.take(4 * n if tier.k_bits else 0)
         if not tier.k_bits:
-            spans.append(Span(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, positions))
+            spans.append(_empty(positions))
             continue
-        k, v = regions["K", tier.k_bits], regions["V", tier.v_bits]
-        k_used, v_used = used["K", tier.k_bits], used["V", tier.v_bits]
-        spans.append(Span(n, tier.k_bits, tier.v_bits,
-                          k.codes + k_used * k.codes_bytes, k.n * k.codes_bytes,
-                          k.meta + k_used * k.meta_bytes, k.n * k.meta_bytes,
-                          v.codes + v_used * v.codes_bytes, v.n * v.codes_bytes,
-                          v.meta + v_used * v.meta_bytes, v.n * v.meta_bytes, positions))
-        used["K", tier.k_bits] += n
-        used["V", tier.v_bits] += n
-    context_bytes = offset
-    capacity = layout.tail_capacity
-    tail = Tail(take(2 * heads * capacity * dim), take(2 * heads * capacity * dim), 0, capacity, layout.prefix)
-    return LayerArena(tuple(regions.values()), tuple(spans), tail, context_bytes, offset)
+        k: tuple[Kind, int] = ("K", tier.k_bits)
+        v: tuple[Kind, int] = ("V", tier.v_bits)
+        spans.append(_span(n, regions[k], used[k], regions[v], used[v], positions))
+        used[k] += n
+        used[v] += n
+    return _with_tail(layout, offsets, regions.values(), spans)
+
+
+def _layer_in_place(layout: Layout, chunks: tuple[int, ...]) -> LayerArena:
+    offsets = _Offsets()
+    parts = [(layout.tiers[tier], n) for tier, n in runs(chunks)]
+    regions: dict[tuple[Kind, int], Region] = {}  # of K or V and the run's number
+    for kind in _KINDS:
+        for i, (tier, n) in enumerate(parts):
+            if tier.k_bits:
+                regions[kind, i] = _region(layout, offsets, kind, _bits(tier, kind), n)
+    spans, positions = [], offsets.take(4 * sum(n for tier, n in parts if tier.k_bits))
+    for i, (tier, n) in enumerate(parts):
+        spans.append(_span(n, regions["K", i], 0, regions["V", i], 0, positions) if tier.k_bits else _empty(positions))
+        positions += 4 * n if tier.k_bits else 0
+    return _with_tail(layout, offsets, regions.values(), spans)
+
+
+def _region(layout: Layout, offsets: _Offsets, kind: Kind, bits: int, n: int) -> Region:
+    codes, meta = block_bytes(kind, bits, layout.chunk, layout.head_dim)
+    heads = layout.n_kv_heads
+    return Region(kind, bits, n, offsets.take(heads * n * codes), codes, offsets.take(heads * n * meta), meta)
+
+
+def _span(n: int, k: Region, k_used: int, v: Region, v_used: int, positions: int) -> Span:
+    """n chunks that begin behind the first k_used and v_used of their regions."""
+    return Span(n, k.bits, v.bits,
+                k.codes + k_used * k.codes_bytes, k.n * k.codes_bytes,
+                k.meta + k_used * k.meta_bytes, k.n * k.meta_bytes,
+                v.codes + v_used * v.codes_bytes, v.n * v.codes_bytes,
+                v.meta + v_used * v.meta_bytes, v.n * v.meta_bytes, positions)
+
+
+def _empty(positions: int) -> Span:
+    return Span(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, positions)
+
+
+def _with_tail(layout: Layout, offsets: _Offsets, regions: Iterable[Region], spans: list[Span]) -> LayerArena:
+    context_bytes, capacity = offsets.end, layout.tail_capacity
+    half = 2 * layout.n_kv_heads * capacity * layout.head_dim
+    tail = Tail(offsets.take(half), offsets.take(half), 0, capacity, layout.prefix)
+    return LayerArena(tuple(regions), tuple(spans), tail, context_bytes, offsets.end)
+
+
+def _bits(tier: Tier, kind: Kind) -> int:
+    return tier.k_bits if kind == "K" else tier.v_bits
 
 
 def _align(nbytes: int) -> int:

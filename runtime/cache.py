@@ -61,9 +61,9 @@ class Cache:
             raise PlanError("no plan is assigned: call Cache.assign before the first layer is packed")
         begin = time.perf_counter()
         layout = self.layout
-        for tier, span in enumerate(self.spans[layer]):
+        for chunks, span in zip(self._plan.stored(layer), self.spans[layer], strict=True):
             if span.n:
-                starts = np.array([layout.start(chunk) for chunk in self._plan.order(layer, tier)], np.int32)
+                starts = np.array([layout.start(chunk) for chunk in chunks], np.int32)
                 self._backend.pack(k, v, self.arena, span, starts, layout.chunk)
         context_end = layout.start(layout.n_chunks)
         rows = np.concatenate([np.arange(layout.prefix, dtype=np.int32),

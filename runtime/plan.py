@@ -13,8 +13,9 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby, islice
 from math import isfinite
 from typing import Any
 
@@ -22,7 +23,7 @@ from runtime.errors import PlanError
 
 WIDTHS = (0, 2, 3, 4, 8, 16)  # bits; 0 only for K and V together
 MIN_CHUNK, MAX_CHUNK, CHUNK_STEP = 8, 256, 8
-VERSION = 1  # of the JSON form
+VERSION = 2  # of the JSON form
 _MAX = 2**31 - 1  # positions and counts are int32 on every device
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one per tier in the JSON form; there are at most 26 distinct tiers
 
@@ -131,10 +132,14 @@ class Layout(DocumentShape):
 
     This alone sizes the arena (runtime.arena); which chunk goes where may be decided later. The order of tiers is
     the order of regions in the arena.
+
+    in_place: None, or the tier index of every chunk, [layer][chunk]: then the chunks lie in document order with widths
+    mixed, and the arena's bytes depend on where one width gives way to another (Plan.without_reordering).
     """
 
     tiers: tuple[Tier, ...]
     counts: tuple[tuple[int, ...], ...]
+    in_place: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +156,9 @@ class Layout(DocumentShape):
                 _integer(f"count of {tier} in layer {layer}", count, 0)
             if sum(counts) != self.n_chunks:
                 raise PlanError(f"counts of layer {layer} sum to {sum(counts)}; expected n_chunks = {self.n_chunks}")
+        if self.in_place is not None:
+            object.__setattr__(self, "in_place", _shared("in_place", self.in_place, self.n_layers))
+            _check_assignment("in_place", self, self.in_place)
 
 
 @dataclass(frozen=True)
@@ -178,16 +186,12 @@ class Plan:
 
     def validate(self) -> None:
         """Raises PlanError unless every field fits the layout. The constructor calls it."""
-        n, tiers = self.layout.n_chunks, range(len(self.layout.tiers))
-        checked: dict[int, tuple[int, ...]] = {}  # id of an assignment -> its chunks per tier
-        for layer, (chunks, counts) in enumerate(zip(self.assignment, self.layout.counts, strict=True)):
-            if id(chunks) not in checked:
-                _indices(f"assignment of layer {layer}", chunks, n, len(tiers))
-                found = Counter(chunks)
-                checked[id(chunks)] = tuple(found[tier] for tier in tiers)
-            if checked[id(chunks)] != counts:
-                raise PlanError(f"assignment of layer {layer} has {checked[id(chunks)]} chunks per tier; "
-                                f"the layout expects {counts}")
+        n = self.layout.n_chunks
+        _check_assignment("assignment", self.layout, self.assignment)
+        if self.layout.in_place not in (None, self.assignment):
+            raise PlanError("the layout keeps its chunks in place, with another assignment; make a new plan")
+        if self.layout.in_place is not None and self.permutation is not None:
+            raise PlanError("the layout keeps its chunks in place; expected no permutation")
         if self.scores is not None:
             _tuple("scores", self.scores)
             if len(self.scores) != n:
@@ -209,6 +213,20 @@ class Plan:
         chunks = self.assignment[layer]
         return tuple(chunk for chunk in self.permutation or range(len(chunks)) if chunks[chunk] == tier)
 
+    def stored(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """The chunks of each span of the layer (ArenaLayout.spans), in the order in which the span holds them.
+
+        A span is one tier's chunks; with Layout.in_place, one run of neighbours of equal width.
+        """
+        if self.layout.in_place is None:
+            return tuple(self.order(layer, tier) for tier in range(len(self.layout.tiers)))
+        chunks = iter(range(self.layout.n_chunks))
+        return tuple(tuple(islice(chunks, n)) for _, n in runs(self.assignment[layer]))
+
+    def without_reordering(self) -> Plan:
+        """The same widths with every chunk left where the document has it (paper, Table V, without module II)."""
+        return replace(self, layout=replace(self.layout, in_place=self.assignment), permutation=None)
+
     def table(self) -> str:
         """Plain text, one row per tier in use: bits of K and V, chunks, share."""
         layout = self.layout
@@ -222,7 +240,8 @@ class Plan:
                              f"{100 * total / (layout.n_chunks * layout.n_layers):.1f}%"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"policy {self.policy}, scorer {self.scorer}: {layout.n_chunks} chunks of {layout.chunk} tokens, "
-                 f"{layout.n_layers} layers, {layout.tail_capacity} tokens of FP16 tail"]
+                 f"{layout.n_layers} layers, {layout.tail_capacity} tokens of FP16 tail"
+                 + (", widths mixed in place" if layout.in_place is not None else "")]
         lines += ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:],
                                                                                         strict=True))]) for row in rows]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -242,6 +261,7 @@ class Plan:
             "layers": [index[assignment] for assignment in self.assignment],
             "scores": self.scores,
             "permutation": self.permutation,
+            "in_place": self.layout.in_place is not None,
         }, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -255,7 +275,7 @@ class Plan:
         if type(version) is not int or version != VERSION:
             raise PlanError(f"plan version is {_show(version)}; expected {VERSION}; make a new plan")
         _keys("plan", data, {"version", "policy", "scorer", "notes", "shape", "tiers", "assignments", "layers",
-                             "scores", "permutation"})
+                             "scores", "permutation", "in_place"})
         _typed(data, "shape", dict)
         _keys("plan shape", data["shape"], {f.name for f in fields(DocumentShape)})
         shape = DocumentShape(**data["shape"])
@@ -268,9 +288,11 @@ class Plan:
             found = Counter(assignment)
             counts.append(tuple(found[tier] for tier in range(len(tiers))))
         scores, permutation = data["scores"], data["permutation"]
+        placed = tuple(assignments[i] for i in layers)
         return cls(
-            layout=Layout(**data["shape"], tiers=tiers, counts=tuple(counts[i] for i in layers)),
-            assignment=tuple(assignments[i] for i in layers), policy=data["policy"], scorer=data["scorer"],
+            layout=Layout(**data["shape"], tiers=tiers, counts=tuple(counts[i] for i in layers),
+                          in_place=placed if _typed(data, "in_place", bool) else None),
+            assignment=placed, policy=data["policy"], scorer=data["scorer"],
             scores=None if scores is None else tuple(map(_float, _typed(data, "scores", list))),
             notes=tuple(_strings(data, "notes")),
             permutation=None if permutation is None else tuple(_typed(data, "permutation", list)))
@@ -285,6 +307,11 @@ def hidden_chunks(prefix: int, chunk: int, n_chunks: int, prompt_tokens: int, wi
     if window is None:
         return range(0)
     return range(min(max((prompt_tokens - window + 1 - prefix) // chunk, 0), n_chunks))
+
+
+def runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """(tier index, how many neighbours have it) along the document."""
+    return [(tier, sum(1 for _ in group)) for tier, group in groupby(chunks)]
 
 
 def check_chunk_size(chunk: int) -> None:
@@ -317,6 +344,20 @@ def _indices(name: str, values: tuple[int, ...], length: int, bound: int) -> Non
         raise PlanError(f"{name} has {len(values)} entries; expected {length}")
     for value in set(values) if set(map(type, values)) <= {int} else values:
         _integer(f"an entry of {name}", value, 0, bound - 1)
+
+
+def _check_assignment(name: str, layout: Layout, layers: tuple[tuple[int, ...], ...]) -> None:
+    """Every layer's tier indices are valid and as many of each as the layout counts."""
+    tiers = range(len(layout.tiers))
+    checked: dict[int, tuple[int, ...]] = {}  # id of an assignment -> its chunks per tier
+    for layer, (chunks, counts) in enumerate(zip(layers, layout.counts, strict=True)):
+        if id(chunks) not in checked:
+            _indices(f"{name} of layer {layer}", chunks, layout.n_chunks, len(tiers))
+            found = Counter(chunks)
+            checked[id(chunks)] = tuple(found[tier] for tier in tiers)
+        if checked[id(chunks)] != counts:
+            raise PlanError(f"{name} of layer {layer} has {checked[id(chunks)]} chunks per tier; "
+                            f"the layout expects {counts}")
 
 
 def _shared(name: str, layers: tuple[tuple[int, ...], ...], n_layers: int) -> tuple[tuple[int, ...], ...]:
