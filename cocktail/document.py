@@ -146,6 +146,7 @@ class Document:
               progress: ProgressReport | None, options: Mapping[str, Any]) -> tuple[Plan, float]:
         """The plan and the seconds that scoring took."""
         chosen = load_policy(policy, **options) if isinstance(policy, str) else policy
+        chosen.check_model(self.model.engine)
         shape = self.shape(query, max_tokens)
         begin = time.perf_counter()
         scores = None

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 # Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
-POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink")
+POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
+                  "no_search", "no_reorder")
 CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
 DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--raw", action="store_true", help="plain completion of --query, no chat template")
 
     cache = p.add_argument_group("cache (with --context)")
-    cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds) or fp16")
+    cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
+                       "kvtuner or fp16")
     cache.add_argument("--scorer", metavar="NAME",
                        help="bm25 (default), random, none, a sentence-transformers folder, or hybrid:FOLDER")
     cache.add_argument("--kv-bits", metavar="BITS", type=_number, help="budget: mean bits per context value (3.3)")
@@ -77,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--shares", metavar="LIST", help="budget: fixed shares of the upper tiers, e.g. 0.1,0.03")
     cache.add_argument("--alpha", metavar="A", type=_number, help="cocktail: Eq. 2's share of low precision (0.6)")
     cache.add_argument("--beta", metavar="B", type=_number, help="cocktail: Eq. 3's share of FP16 (0.1)")
+    cache.add_argument("--no-search", action="store_true", help="cocktail: as many chunks of each width, at random")
+    cache.add_argument("--no-reorder", action="store_true", help="cocktail: mixed widths in place, in document order")
+    cache.add_argument("--tier", metavar="TIER", help="uniform: K and V bits of every chunk, e.g. K4V2")
+    cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail and budget: "
+                       "the least of every layer")
+    cache.add_argument("--pairs-bits", metavar="BITS", type=_number, help="the file's best trade-off up to so many")
     cache.add_argument("--sink", metavar="N", type=_at_least(0), help="first chunks that stay FP16 (1)")
     cache.add_argument("--chunk", metavar="TOKENS", type=_at_least(1), help="tokens per chunk, a multiple of 8 (32)")
     cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
@@ -91,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--top-p", metavar="P", type=_number, help="1 is off (default)")
     answer.add_argument("--min-p", metavar="P", type=_number, help="0 is off (default)")
     answer.add_argument("--repetition-penalty", metavar="R", type=_number, help="1 is off (default)")
-    answer.add_argument("--seed", metavar="N", type=_at_least(0), help="of sampling and of --scorer random (0)")
+    answer.add_argument("--seed", metavar="N", type=_at_least(0),
+                        help="of sampling, --scorer random and --no-search (0)")
     answer.add_argument("--model-sampling", action="store_true",
                         help="start from the checkpoint's generation_config.json instead of greedy")
 
@@ -248,7 +257,8 @@ def _cache_options(options: argparse.Namespace) -> dict[str, Any]:
     from cocktail.policies import DEFAULT_POLICY, load_policy
     from cocktail.scorers import load_scorer
 
-    policy = load_policy(options.policy or DEFAULT_POLICY, **_given(options, POLICY_OPTIONS))
+    seeded = ("seed",) if options.no_search else ()
+    policy = load_policy(options.policy or DEFAULT_POLICY, **_given(options, (*POLICY_OPTIONS, *seeded)))
     if options.scorer is None:
         return {"policy": policy}
     if not policy.uses_scores:

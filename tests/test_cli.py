@@ -38,6 +38,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("empty.txt").write_text(" \n")
     Path("plan.json").write_text(make_plan().to_json())
     Path("noplan.json").write_text("{}")
+    Path("pairs.json").write_text('{"version": 1, "pairs": ["K8V4", "K8V4"], "pareto": '
+                                  '[{"bits": 3.6, "kl": 0.1, "pairs": ["K4V2", "K3V2"]}]}')
     return tmp_path
 
 
@@ -74,6 +76,13 @@ def test_only_given_options_reach_the_api(model, files):
     (["--policy", "fp16"], "ask", "policy.name", "fp16"),
     (["--policy", "cocktail", "--alpha", "0"], "ask", "policy.alpha", 0.0),
     (["--policy", "cocktail", "--beta", ".2"], "ask", "policy.beta", 0.2),
+    (["--policy", "cocktail", "--no-search", "--seed", "7"], "ask", "policy.seed", 7),
+    (["--policy", "cocktail", "--no-search"], "ask", "policy.no_search", True),
+    (["--policy", "cocktail", "--no-reorder"], "ask", "policy.no_reorder", True),
+    (["--policy", "cocktail", "--seed", "7"], "ask", "policy.seed", 0),
+    (["--policy", "uniform", "--tier", "K4V2"], "ask", "policy.tier", Tier(4, 2)),
+    (["--policy", "kvtuner", "--pairs", "pairs.json"], "ask", "policy.name", "kvtuner"),
+    (["--pairs", "pairs.json", "--pairs-bits", "4"], "ask", "policy.pairs.pairs", (Tier(4, 2), Tier(3, 2))),
     (["--sink", "0"], "ask", "policy.sink", 0),
     (["--max-tokens", "5"], "ask", "max_tokens", 5),
     (["--stop", "a", "--stop", "\n"], "ask", "stop", ("a", "\n")),
@@ -233,6 +242,15 @@ BAD = [
     ([*ASK, "--policy", "cocktail", "--kv-bits", "3"], "policy cocktail has no option kv_bits"),
     ([*ASK, "--policy", "cocktail", "--alpha", ".9"], "alpha + beta is 1"),
     ([*ASK, "--alpha", ".9"], "policy budget has no option alpha"),
+    ([*ASK, "--no-search"], "policy budget has no option no_search"),
+    ([*ASK, "--policy", "uniform"], "policy uniform needs a tier"),
+    ([*ASK, "--policy", "uniform", "--tier", "K4"], "of the form K3V2"),
+    ([*ASK, "--policy", "uniform", "--tier", "K4V4", "--scorer", "bm25"], "policy uniform looks at no scores"),
+    ([*ASK, "--policy", "kvtuner"], "policy kvtuner needs pairs"),
+    ([*ASK, "--policy", "kvtuner", "--pairs", "nowhere.json"], "pairs file nowhere.json: No such file"),
+    ([*ASK, "--pairs", "plan.json"], '"version" is 2'),
+    ([*ASK, "--pairs", "pairs.json", "--pairs-bits", "3"], "no trade-off of at most 3 bits"),
+    ([*ASK, "--pairs-bits", "3"], "no pairs file to choose from"),
     ([*ASK, "--scorer", "hybrid"], "scorer hybrid needs an encoder"),
     ([*ASK, "--kv-bits", "3", "--kv-budget", "1MB"], "kv_bits and kv_budget"),
     ([*ASK, "--kv-bits", "-3"], "--kv-bits: '-3'; expected a number of at least 0"),

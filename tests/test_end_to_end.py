@@ -10,13 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy_backend import NumpyBackend
 from tiny_model import save_tiny_model
 
 import cocktail
 from cocktail import run
+from cocktail.policies.pairs import fingerprint
 from runtime.arena import ArenaLayout
+from runtime.checkpoint import Checkpoint
+from runtime.model import Model as Engine
 from runtime.plan import Plan
+from runtime.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Who mended the cracked iron pan?"
@@ -29,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder, "chat.safetensors")
     save_tiny_model(folder, "plain.safetensors", template=None)
     (folder / "doc.txt").write_text(CONTEXT, encoding="utf-8")
+    (folder / "pairs.json").write_text('{"version": 1, "pairs": ["K4V2", "K2V3"]}')
     return folder
 
 
@@ -101,6 +108,8 @@ def test_a_plan_survives_the_way_through_a_file(cli, folder):
 @pytest.mark.parametrize("options", [
     ("--policy", "fp16"), ("--policy", "cocktail", "--sink", "0"), ("--kv-bits", "5"), ("--kv-budget", "0.5MiB"),
     ("--tiers", "K3V2,K4V4", "--shares", ".2"), ("--scorer", "random", "--seed", "3"), ("--scorer", "none"),
+    ("--policy", "uniform", "--tier", "K4V2"), ("--policy", "kvtuner", "--pairs", "pairs.json"),
+    ("--policy", "cocktail", "--pairs", "pairs.json", "--no-search", "--no-reorder"), ("--pairs", "pairs.json"),
     ("--chunk", "64"), ("--system", "Be brief."),
     ("--temperature", ".8", "--top-k", "20", "--top-p", ".9", "--min-p", ".01", "--repetition-penalty", "1.2"),
 ], ids=" ".join)
@@ -108,6 +117,38 @@ def test_options_run(cli, options):
     code, _, stats = cli(*ASK, *options, stats=True)
     assert code == 0
     assert stats["generated_tokens"] > 0
+
+
+def test_in_place_the_answer_stays(document):
+    """Moving a chunk changes the order of a sum, nothing else."""
+    plan = document.plan(QUESTION, policy="cocktail", max_tokens=12)
+    placed = document.plan(QUESTION, policy="cocktail", max_tokens=12, no_reorder=True)
+    assert placed.assignment == plan.assignment
+    found = document.compare(QUESTION, {"fp16": document.plan(QUESTION, policy="fp16", max_tokens=12), "plan": plan,
+                                        "placed": placed}, max_tokens=12)
+    np.testing.assert_allclose(found["placed"].logits, found["plan"].logits, atol=1e-3)
+    assert np.abs(found["placed"].logits - found["fp16"].logits).max() > 1e-2
+
+
+def test_pairs_that_record_another_model_are_refused(cli, folder, document):
+    engine = document.model.engine
+    data = {"version": 1, "pairs": ["K4V2", "K2V3"], "model": {"fingerprint": fingerprint(engine)}}
+    (folder / "own.json").write_text(json.dumps(data))
+    (folder / "other.json").write_text(json.dumps(data | {"model": {"fingerprint": "0" * 16}}))
+    for policy in ("kvtuner", "cocktail", "budget"):
+        assert cli(*ASK, "--policy", policy, "--pairs", "own.json")[0] == 0
+        code, out, err = cli(*ASK, "--policy", policy, "--pairs", "other.json")
+        assert (code, out) == (2, "") and "fingerprint '0000000000000000'" in err
+
+
+def test_the_fingerprint_is_the_models_and_no_backends(folder, document):
+    engine = document.model.engine
+    assert fingerprint(engine) == fingerprint(engine)
+    with Checkpoint.open(folder / "chat.safetensors") as checkpoint:
+        oracle = Engine(checkpoint.config, load_weights(checkpoint, NumpyBackend()), NumpyBackend())
+        assert fingerprint(oracle) == fingerprint(engine)
+        oracle.weights.layers[1].mlp_norm[3] += 1
+        assert fingerprint(oracle) != fingerprint(engine)
 
 
 def test_a_byte_budget_is_kept(cli):

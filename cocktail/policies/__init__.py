@@ -1,6 +1,8 @@
 """Policies: scores, sizes and budget -> Plan. A policy returns data and keeps none.
 
     fp16      every chunk at 16 bits
+    uniform   every chunk at one pair of K and V bits (cocktail.policies.uniform)
+    kvtuner   every chunk at its layer's pair, from a file (cocktail.policies.pairs)
     cocktail  the paper's thresholds on the scores (cocktail.policies.thresholds)
     budget    rank the chunks, spend a number of bits or bytes (cocktail.policies.budget); the default
 
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +27,17 @@ from cocktail.scorers import Scores, finite_scores
 from runtime.errors import PlanError
 from runtime.plan import FP16, DocumentShape, Layout, Plan, Tier
 
+if TYPE_CHECKING:
+    from cocktail.policies.pairs import LayerPairs
+    from runtime.model import Model as Engine
+
 DEFAULT_POLICY = "budget"
 DEFAULT_SINK = 1  # chunks; the first tokens draw attention from everywhere, whatever they say
 
 POLICIES = {
     "fp16": ("cocktail.policies.fp16", "Fp16Policy"),
+    "uniform": ("cocktail.policies.uniform", "UniformPolicy"),
+    "kvtuner": ("cocktail.policies.uniform", "KVTunerPolicy"),
     "cocktail": ("cocktail.policies.thresholds", "CocktailPolicy"),
     "budget": ("cocktail.policies.budget", "BudgetPolicy"),
 }
@@ -50,6 +60,9 @@ class Policy(ABC):
     @abstractmethod
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         """Which chunk sits where; scores (N,) as in the first step, scorer for the Plan's record. Raises PlanError."""
+
+    def check_model(self, engine: Engine) -> None:  # noqa: B027 (most policies fit every model)
+        """Raises PlanError where the policy was made for another model than this one."""
 
     def plan(self, shape: DocumentShape, scores: Scores | None = None, scorer: str = "none") -> Plan:
         """Both steps at once."""
@@ -100,15 +113,49 @@ def checked_scores(policy: str, shape: DocumentShape, scores: Scores | None) -> 
     return finite_scores(scores, f"policy {policy}")
 
 
-def layout_of(shape: DocumentShape, counts: Mapping[Tier, int]) -> Layout:
-    """The Layout with the tiers of `counts` that hold a chunk, in that order; the same in every layer."""
+def labelled(name: str, **marks: object) -> str:
+    """The policy's name for a Plan's record, with the marks that hold: "cocktail (pairs, no search)"."""
+    held = [mark.replace("_", " ") for mark, holds in marks.items() if holds]
+    return f"{name} ({', '.join(held)})" if held else name
+
+
+def layout_of(shape: DocumentShape, counts: Mapping[Tier, int], pairs: LayerPairs | None = None) -> Layout:
+    """The Layout with the tiers of `counts` that hold a chunk, in that order; the same in every layer.
+
+    With pairs, each layer lifts the tiers to its own pair, and the order is by bits, most first: in every layer a
+    higher tier of `counts` comes before a lower one.
+    """
     used = {tier: count for tier, count in counts.items() if count} or {FP16: 0}
-    return shape.layout(used.keys(), used.values())
+    if pairs is None:
+        return shape.layout(used.keys(), used.values())
+    pairs.check(shape)
+    layers = []
+    for layer in range(shape.n_layers):
+        lifted: Counter[Tier] = Counter()
+        for tier, count in used.items():
+            lifted[pairs.lift(tier, layer)] += count
+        layers.append(lifted)
+    tiers = sorted(set().union(*layers), key=lambda tier: (tier.k_bits + tier.v_bits, tier.k_bits), reverse=True)
+    return replace(shape.layout(tiers, [layers[0][tier] for tier in tiers]),
+                   counts=tuple(tuple(lifted[tier] for tier in tiers) for lifted in layers))
+
+
+def indices_of(layout: Layout, tiers: Sequence[Tier], pairs: LayerPairs | None = None) -> npt.NDArray[np.int64]:
+    """Indices into layout.tiers of these tiers (N,), lifted to each layer's pair where there are pairs: (1 or L, N).
+
+    Raises PlanError where the layout has no such tier: it was made from something else.
+    """
+    index = {tier: i for i, tier in enumerate(layout.tiers)}
+    layers = [tiers] if pairs is None else [[pairs.lift(tier, i) for tier in tiers] for i in range(layout.n_layers)]
+    try:
+        return np.array([[index[tier] for tier in layer] for layer in layers], np.int64).reshape(len(layers), -1)
+    except KeyError as error:
+        raise PlanError(f"the layout has no tier {error}; it was made from other scores or options") from None
 
 
 def plan_of(layout: Layout, chunks: npt.NDArray[np.int64], policy: str, scorer: str, scores: Scores | None,
             notes: tuple[str, ...] = ()) -> Plan:
-    """The Plan with the tier indices `chunks` (N,) in every layer."""
-    shared = tuple(chunks.tolist())
-    return Plan(layout, (shared,) * layout.n_layers, policy, scorer,
-                None if scores is None else tuple(scores.tolist()), notes)
+    """The Plan with the tier indices `chunks`: (L, N), or (1, N) or (N,) for every layer the same."""
+    layers = [tuple(layer) for layer in np.atleast_2d(chunks).tolist()]
+    assignment = tuple(layers) if len(layers) == layout.n_layers else (layers[0],) * layout.n_layers
+    return Plan(layout, assignment, policy, scorer, None if scores is None else tuple(scores.tolist()), notes)

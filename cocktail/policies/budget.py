@@ -8,6 +8,9 @@ lifting one rank by one tier (MILESTONES). A budget buys the longest prefix of i
 - the counts depend on no score, so the arena is sized, and prefill begun, before scoring;
 - more budget never gives any chunk fewer bits of K or of V.
 
+With a pairs file (cocktail.policies.pairs) the path begins with every layer at its own pair, and a step lifts a rank
+only in the layers whose pair is below the tier. All of the above holds, and each layer has counts of its own.
+
 Equal scores: the earlier chunk first.
 """
 
@@ -18,16 +21,31 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, floor, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from cocktail.policies import DEFAULT_SINK, Policy, check_sink, checked_scores, layout_of, plan_of, sink_chunks
+from cocktail.policies import (
+    DEFAULT_SINK,
+    Policy,
+    check_sink,
+    checked_scores,
+    labelled,
+    layout_of,
+    plan_of,
+    sink_chunks,
+)
+from cocktail.policies.pairs import LayerPairs, load_pairs
 from cocktail.scorers import Scores
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
 from runtime.formats import block_bytes
 from runtime.plan import FP16, HIDDEN, DocumentShape, Layout, Plan, Tier
+
+if TYPE_CHECKING:
+    from runtime.model import Model as Engine
 
 DEFAULT_KV_BITS = 3.3
 
@@ -60,6 +78,7 @@ class BudgetPolicy(Policy):
     tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher.
     shares: no budget but fixed shares of the ranked chunks for each of `tiers` but the first, as (0.1, 0.03).
     sink: leading chunks at FP16, outside the ranking but inside the budget.
+    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs).
 
     Raises PlanError, naming the minimum where a budget is below it.
     """
@@ -70,7 +89,8 @@ class BudgetPolicy(Policy):
 
     def __init__(self, kv_bits: float | None = None, kv_budget: int | str | None = None,
                  tiers: str | Sequence[Tier] | None = None, shares: str | Sequence[float] | None = None,
-                 sink: int = DEFAULT_SINK):
+                 sink: int = DEFAULT_SINK, pairs: str | Path | LayerPairs | None = None,
+                 pairs_bits: float | None = None):
         given = [name for name, value in (("kv_bits", kv_bits), ("kv_budget", kv_budget), ("shares", shares))
                  if value is not None]
         if len(given) > 1:
@@ -83,6 +103,7 @@ class BudgetPolicy(Policy):
         self.tiers = _tiers(tiers, ladder_only=shares is None)
         self.shares = None if shares is None else _shares(shares, self.tiers)
         self.sink = check_sink(sink)
+        self.pairs = load_pairs(pairs, pairs_bits)
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
         ranked = _ranked(shape, self.sink)
@@ -98,7 +119,13 @@ class BudgetPolicy(Policy):
 
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         checked = checked_scores(self.name, layout, scores)
-        return plan_of(layout, self.assign_layer(layout, 0, checked), self.name, scorer, checked, self._notes(layout))
+        layers = range(layout.n_layers if self.pairs is not None else 1)
+        chunks = np.stack([self.assign_layer(layout, layer, checked) for layer in layers])
+        return plan_of(layout, chunks, labelled(self.name, pairs=self.pairs), scorer, checked, self._notes(layout))
+
+    def check_model(self, engine: Engine) -> None:
+        if self.pairs is not None:
+            self.pairs.check_model(engine)
 
     def assign_layer(self, layout: Layout, layer: int, scores: Scores) -> npt.NDArray[np.int64]:
         """Tier index of every chunk (N,) in one layer: the sink, then the ranks, best first, fill the tiers in order.
@@ -118,7 +145,7 @@ class BudgetPolicy(Policy):
         counts = {FP16: len(sink_chunks(shape, self.sink))}
         for tier, (here, above) in reversed(list(zip(self.tiers, pairwise(bounds), strict=True))):
             counts[tier] = counts.get(tier, 0) + here - above
-        return layout_of(shape, counts | {HIDDEN: len(shape.hidden_chunks())})
+        return layout_of(shape, counts | {HIDDEN: len(shape.hidden_chunks())}, self.pairs)
 
     def _affordable(self, shape: DocumentShape, boundaries: npt.NDArray[np.int64], budget: int) -> int:
         """The largest number of steps whose context bytes fit, -1 when none does.
@@ -126,7 +153,7 @@ class BudgetPolicy(Policy):
         Alignment makes true bytes not quite monotone, so the search begins at the last step that would fit without any
         and walks back; it seldom takes more than two arenas, which are arithmetic only.
         """
-        cost = [_chunk_bytes(shape, tier) for tier in self.tiers]
+        cost = [_chunk_bytes(shape, tier, self.pairs) for tier in self.tiers]
         spent = np.concatenate([[0], np.cumsum(np.diff(cost)[boundaries])]) + cost[0] * _ranked(shape, self.sink)
         step = int(np.searchsorted(spent, budget, "right")) - 1
         while step >= 0 and self._bytes(shape, boundaries[:step]) > budget:
@@ -148,7 +175,8 @@ class BudgetPolicy(Policy):
 
     def _below_minimum(self, shape: DocumentShape) -> PlanError:
         least = ArenaLayout(self._layout(shape, [0] * (len(self.tiers) - 1)))
-        lowest = f"{self.tiers[0]} for all but {len(sink_chunks(shape, self.sink))} sink chunks"
+        pair = "" if self.pairs is None else " or the layer's pair"
+        lowest = f"{self.tiers[0]}{pair} for all but {len(sink_chunks(shape, self.sink))} sink chunks"
         if self.kv_bits is not None:
             bits = ceil(Fraction(8000 * least.context_bytes, _values(shape))) / 1000
             return PlanError(f"policy budget: kv_bits is {self.kv_bits:g}; expected at least {bits:.3f}, "
@@ -221,11 +249,11 @@ def _decimal(bits: float) -> Fraction:
     return Fraction(str(float(bits)))
 
 
-def _chunk_bytes(shape: DocumentShape, tier: Tier) -> int:
+def _chunk_bytes(shape: DocumentShape, tier: Tier, pairs: LayerPairs | None) -> int:
     """Codes and metadata of one chunk in all layers and KV heads, before alignment."""
-    one_head = sum(block_bytes("K", tier.k_bits, shape.chunk, shape.head_dim)
-                   + block_bytes("V", tier.v_bits, shape.chunk, shape.head_dim))
-    return shape.n_layers * shape.n_kv_heads * one_head
+    stored = [tier if pairs is None else pairs.lift(tier, layer) for layer in range(shape.n_layers)]
+    return shape.n_kv_heads * sum(sum(block_bytes("K", t.k_bits, shape.chunk, shape.head_dim)
+                                      + block_bytes("V", t.v_bits, shape.chunk, shape.head_dim)) for t in stored)
 
 
 # Options.

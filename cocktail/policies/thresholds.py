@@ -11,18 +11,40 @@ silent:
   and 3.
 - Sliding window: hidden chunks are not stored, and their scores do not count.
 - Text scores only: with scores that arrive layer by layer the Layout would be unknown when the arena is allocated.
+
+The two modules can be switched off, as in the paper's Table V:
+
+- no_search, without module I: the scores still say how many chunks each tier gets, a seed says which.
+- no_reorder, without module II: the chunks stay where the document has them, mixed widths side by side; each run of
+  neighbours of equal width is read by itself (runtime.arena). The answer is the same up to rounding, the time is not.
 """
 
 from __future__ import annotations
 
 from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cocktail.policies import DEFAULT_SINK, Policy, check_sink, checked_scores, layout_of, plan_of, sink_chunks
+from cocktail.policies import (
+    DEFAULT_SINK,
+    Policy,
+    check_sink,
+    checked_scores,
+    indices_of,
+    labelled,
+    layout_of,
+    plan_of,
+    sink_chunks,
+)
+from cocktail.policies.pairs import LayerPairs, load_pairs
 from cocktail.scorers import Scores
 from runtime.errors import PlanError
 from runtime.plan import FP16, HIDDEN, DocumentShape, Layout, Plan, Tier
+
+if TYPE_CHECKING:
+    from runtime.model import Model as Engine
 
 ALPHA, BETA = 0.6, 0.1  # paper, section IV-B
 LOW, MIDDLE = Tier(2, 2), Tier(4, 4)
@@ -31,13 +53,18 @@ _TIERS = (FP16, MIDDLE, LOW, HIDDEN)
 
 class CocktailPolicy(Policy):
     """score < T_low: INT2; score > T_high: FP16; else INT4, with
-    T_low = s_min + (s_max - s_min) * alpha (Eq. 2) and T_high = s_max - (s_max - s_min) * beta (Eq. 3)."""
+    T_low = s_min + (s_max - s_min) * alpha (Eq. 2) and T_high = s_max - (s_max - s_min) * beta (Eq. 3).
+
+    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs). seed: of no_search. Raises PlanError.
+    """
 
     name = "cocktail"
     uses_scores = True
     layout_needs_scores = True
 
-    def __init__(self, alpha: float = ALPHA, beta: float = BETA, sink: int = DEFAULT_SINK):
+    def __init__(self, alpha: float = ALPHA, beta: float = BETA, sink: int = DEFAULT_SINK,
+                 pairs: str | Path | LayerPairs | None = None, pairs_bits: float | None = None,
+                 no_search: bool = False, no_reorder: bool = False, seed: int = 0):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not isfinite(value) or value < 0:
                 raise PlanError(f"policy cocktail: {name} is {value}; expected a number from 0 to 1")
@@ -45,29 +72,39 @@ class CocktailPolicy(Policy):
             raise PlanError(f"policy cocktail: alpha + beta is {alpha + beta:g}; expected less than 1, "
                             "else the INT2 threshold reaches the FP16 threshold")
         self.alpha, self.beta, self.sink = alpha, beta, check_sink(sink)
+        self.pairs = load_pairs(pairs, pairs_bits)
+        self.no_search, self.no_reorder, self.seed = no_search, no_reorder, seed
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
         tiers = self._tiers(shape, checked_scores(self.name, shape, scores))
-        return layout_of(shape, {tier: tiers.count(tier) for tier in _TIERS})
+        layout = layout_of(shape, {tier: tiers.count(tier) for tier in _TIERS}, self.pairs)
+        if not self.no_reorder:
+            return layout
+        return plan_of(layout, indices_of(layout, tiers, self.pairs), "", "", None).without_reordering().layout
 
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         """Raises PlanError when the layout was made from other scores."""
         checked = checked_scores(self.name, layout, scores)
-        tiers = self._tiers(layout, checked)
-        if not set(tiers) <= set(layout.tiers):
-            raise PlanError("policy cocktail: the layout was not made from these scores; expected the same in both")
-        chunks = np.array([layout.tiers.index(tier) for tier in tiers], np.int64)
-        return plan_of(layout, chunks, self.name, scorer, checked)
+        chunks = indices_of(layout, self._tiers(layout, checked), self.pairs)
+        label = labelled(self.name, pairs=self.pairs, no_search=self.no_search, no_reorder=self.no_reorder)
+        return plan_of(layout, chunks, label, scorer, checked)
+
+    def check_model(self, engine: Engine) -> None:
+        if self.pairs is not None:
+            self.pairs.check_model(engine)
 
     def _tiers(self, shape: DocumentShape, scores: Scores) -> list[Tier]:
-        hidden = shape.hidden_chunks()
-        exact = scores[len(hidden):].astype(np.float64)
+        hidden, sink = shape.hidden_chunks(), sink_chunks(shape, self.sink)
+        exact = scores.astype(np.float64)
+        if self.no_search:  # the same scores on other chunks: the thresholds, and with them the counts, stay
+            exact[sink.stop:] = np.random.default_rng(self.seed).permutation(exact[sink.stop:])
+        exact = exact[len(hidden):]
         if not exact.size:
             return [HIDDEN] * len(hidden)
         low, high = exact.min(), exact.max()
         t_low = low + (high - low) * self.alpha
         t_high = high - (high - low) * self.beta
         tiers = [HIDDEN] * len(hidden) + [LOW if s < t_low else FP16 if s > t_high else MIDDLE for s in exact]
-        for chunk in sink_chunks(shape, self.sink):
+        for chunk in sink:
             tiers[chunk] = FP16
         return tiers

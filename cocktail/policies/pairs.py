@@ -1,0 +1,138 @@
+"""Layer-wise pairs of widths (KVTuner): a JSON file that says how many bits each layer gives to K and to V.
+
+    {"version": 1, "pairs": ["K8V4", "K4V2", ...]}                       one pair per layer: all that is needed
+
+`python -m cocktail.tune` writes more: under "model" what the pairs were found for, which is then checked, and under
+"pareto" every trade-off that it found, as {"bits": mean bits per value, "kl": ..., "pairs": [...]}.
+
+Policies take a file in one of two ways. `kvtuner` stores every chunk at its layer's pair. `cocktail` and `budget` take
+the pair as the layer's floor: a chunk whose tier is t is stored at max(t, pair), for K and for V by itself. Where every
+pair is K2V2 that is the policy without pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.errors import PlanError
+from runtime.plan import HIDDEN, DocumentShape, Tier
+
+if TYPE_CHECKING:
+    from runtime.model import Model as Engine
+
+VERSION = 1  # of the file
+_SAMPLED = 64  # rows of the embedding that the fingerprint reads
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """pairs: one Tier per layer. model: n_layers, n_kv_heads, head_dim and fingerprint of the model that they are for,
+    as far as the file records them. source: the file's name, for messages."""
+
+    pairs: tuple[Tier, ...]
+    model: dict[str, Any]
+    source: str
+
+    @classmethod
+    def load(cls, path: str | Path, bits: float | None = None) -> LayerPairs:
+        """The file's choice, or the most accurate of its trade-offs with at most `bits`. Raises PlanError."""
+        data = _read(path)
+        pairs = data.get("pairs") if bits is None else _trade_off(path, data.get("pareto"), bits)["pairs"]
+        if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, str) for pair in pairs):
+            raise PlanError(f'pairs file {path}: "pairs" is not a list of pairs such as "K4V2", one per layer')
+        model = data.get("model", {})
+        if not isinstance(model, dict):
+            raise PlanError(f'pairs file {path}: "model" is not an object')
+        try:
+            tiers = tuple(Tier.parse(pair) for pair in pairs)
+        except PlanError as error:
+            raise PlanError(f"pairs file {path}: {error}") from None
+        if HIDDEN in tiers:
+            raise PlanError(f"pairs file {path}: K0V0 stores nothing; expected widths from 2 to 16")
+        return cls(tiers, model, str(path))
+
+    def check(self, shape: DocumentShape) -> None:
+        """Raises PlanError unless there is one pair per layer, and the recorded sizes are the model's."""
+        if len(self.pairs) != shape.n_layers:
+            raise PlanError(f"pairs file {self.source} has {len(self.pairs)} pairs; the model has {shape.n_layers} "
+                            "layers; make a file for this model with python -m cocktail.tune")
+        for name in ("n_layers", "n_kv_heads", "head_dim"):
+            if name in self.model and self.model[name] != (actual := getattr(shape, name)):
+                raise PlanError(f"pairs file {self.source} is for a model whose {name} is {self.model[name]!r}; this "
+                                f"one's is {actual}; make a file for this model with python -m cocktail.tune")
+
+    def check_model(self, engine: Engine) -> None:
+        """Raises PlanError where the file records the fingerprint of another model."""
+        recorded = self.model.get("fingerprint")
+        if recorded is not None and recorded != (actual := fingerprint(engine)):
+            raise PlanError(f"pairs file {self.source} is for the model with fingerprint {recorded!r}; this one's is "
+                            f"{actual!r}; make a file for this model, or take the fingerprint out of the file")
+
+    def lift(self, tier: Tier, layer: int) -> Tier:
+        """What a chunk of that tier is stored at in that layer; a chunk that is not stored stays so."""
+        pair = self.pairs[layer]
+        return tier if tier == HIDDEN else Tier(max(tier.k_bits, pair.k_bits), max(tier.v_bits, pair.v_bits))
+
+
+def load_pairs(pairs: str | Path | LayerPairs | None, bits: float | None) -> LayerPairs | None:
+    """What the policies' options `pairs` and `pairs_bits` mean. Raises PlanError."""
+    if pairs is None and bits is not None:
+        raise PlanError(f"pairs_bits is {bits:g}, but there is no pairs file to choose from; give pairs")
+    if pairs is None or (isinstance(pairs, LayerPairs) and bits is None):
+        return pairs
+    if isinstance(pairs, LayerPairs):
+        raise PlanError("pairs_bits chooses from a pairs file; these pairs are chosen already")
+    return LayerPairs.load(pairs, bits)
+
+
+def fingerprint(engine: Engine) -> str:
+    """16 hexadecimal digits that differ between models: from its norms and some rows of its embedding.
+
+    The same on every backend, whatever it makes of the matrices. An adapter that changes neither keeps it.
+    """
+    config, backend, weights = engine.config, engine.backend, engine.weights
+    rows = min(_SAMPLED, config.vocab_size)
+    sample = backend.empty((rows, config.hidden_size), np.float32)
+    ids = np.linspace(0, config.vocab_size - 1, rows).astype(np.int32)
+    backend.embed(backend.upload(ids), weights.embed, sample)
+    vectors = [weights.norm, *(norm for layer in weights.layers for norm in (layer.attn_norm, layer.mlp_norm)), sample]
+    digest = hashlib.sha256()
+    for vector in vectors:
+        digest.update(np.ascontiguousarray(backend.download(vector), np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"pairs file {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"pairs file {path} is not valid JSON: {error}") from None
+    version = data.get("version") if isinstance(data, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise PlanError(f'pairs file {path}: "version" is {version!r}; expected {VERSION}')
+    return dict(data)
+
+
+def _trade_off(path: str | Path, pareto: Any, bits: float) -> dict[str, Any]:
+    """The entry of least KL among those of at most `bits`."""
+    if not isinstance(pareto, list) or not all(map(_is_entry, pareto)):
+        raise PlanError(f'pairs file {path}: "pareto" is not a list of trade-offs to choose from by pairs_bits')
+    affordable = [entry for entry in pareto if entry["bits"] <= bits]
+    if not affordable:
+        least = min((entry["bits"] for entry in pareto), default=float("nan"))
+        raise PlanError(f"pairs file {path} has no trade-off of at most {bits:g} bits; its least is {least:.3f}")
+    return dict(min(affordable, key=lambda entry: (entry["kl"], entry["bits"])))
+
+
+def _is_entry(entry: Any) -> bool:
+    return (isinstance(entry, dict) and "pairs" in entry
+            and all(isinstance(entry.get(name), (int, float)) and isfinite(entry[name]) for name in ("bits", "kl")))
