@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from runtime.arena import ArenaLayout
 from runtime.config import ModelConfig
-from runtime.engine import Progress, Reading, read
+from runtime.engine import PendingPlan, Progress, Reading, Timing, read
 from runtime.errors import PromptError
 from runtime.model import Model as Engine
 from runtime.plan import HIDDEN, Plan
@@ -27,6 +27,7 @@ class Stats:
     """What one answer cost. Bytes are those of the allocation, times are seconds of wall clock.
 
     ttft_s: scoring, prefill (packing included) and the first draw. tpot_s: mean of the decode steps after it.
+    score_s: all of scoring; score_wait_s: the part of it that no prefill covered, which alone is in ttft_s.
     chunks: per tier, in the first layer. cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16 bits.
     peak_memory_bytes: resident memory of the process, its maximum so far.
     """
@@ -37,6 +38,7 @@ class Stats:
     ttft_s: float
     tpot_s: float
     score_s: float
+    score_wait_s: float
     prefill_s: float
     pack_s: float
     chunks: dict[str, int]
@@ -67,12 +69,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything one answer needs, checked before any work. plan covers all tokens of prompt."""
+    """Everything one answer needs, checked before any work. plan covers all tokens of prompt; score_seconds went by
+    before, for a plan that is not pending."""
 
     engine: Engine
     tokenizer: Tokenizer
     prompt: tuple[int, ...]
-    plan: Plan
+    plan: Plan | PendingPlan
     sampling: SamplingParams
     max_new: int
     stop: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class AnswerStream:
     """Iterate for pieces of text; `answer` holds the whole once the iteration has ended.
 
     The prompt is read when the first piece is asked for. Ctrl-C while a piece is made, or close(), ends the answer
-    with what was generated so far.
+    with what was generated so far; before the chunks are scored there is no answer yet, and Ctrl-C passes through.
     """
 
     job: Job
@@ -100,6 +103,7 @@ class AnswerStream:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._reading: Reading | None = None
+        self._plan = self.job.plan if isinstance(self.job.plan, Plan) else None
         self._first_at = 0.0
         self._begin = time.perf_counter()
         self._pieces = self._run()
@@ -112,7 +116,7 @@ class AnswerStream:
 
     def close(self) -> None:
         """End the answer here; `answer` then holds what there is."""
-        if self._answer is None:
+        if self._answer is None and self._plan is not None:
             self._finish("interrupted")
         self._pieces = iter(())
 
@@ -122,7 +126,8 @@ class AnswerStream:
         for _ in self:
             pass
         if self._answer is None:
-            raise PromptError("this answer ended with an error; there is nothing to return")
+            raise PromptError("this answer ended with an error, or before its chunks were scored; "
+                              "there is nothing to return")
         return self._answer
 
     def _run(self) -> Iterator[str]:
@@ -136,7 +141,7 @@ class AnswerStream:
                 def progress(done: int, total: int) -> None:
                     report("prefill", done, total)
             self._begin = time.perf_counter()
-            self._reading = read(job.engine, job.prompt, [job.plan], progress)
+            self._reading = read(job.engine, job.prompt, [self._kept(job.plan)], progress)
             eos = frozenset(job.tokenizer.eos_ids) | frozenset(job.engine.config.eos_ids)
             for token in self._reading.generate(job.sampling, job.max_new, eos):
                 if not self._ids:
@@ -152,29 +157,44 @@ class AnswerStream:
                     reason = "stop"
                     break
         except KeyboardInterrupt:
+            if self._plan is None:
+                raise
             reason = "interrupted"
         if rest := stops.push(decoder.finish()) + stops.finish():
             self._text.append(rest)
             yield rest
         self._finish("stop" if stops.found else reason)  # type: ignore[arg-type]
 
+    def _kept(self, plan: Plan | PendingPlan) -> Plan | PendingPlan:
+        """The plan; where it is pending, one that is kept here once it is made, whatever becomes of the prefill."""
+        if isinstance(plan, Plan):
+            return plan
+
+        def make() -> Plan:
+            self._plan = plan.make()
+            return self._plan
+
+        return PendingPlan(plan.layout, make)
+
     def _finish(self, reason: FinishReason) -> None:
-        job, timing = self.job, self._reading.timing if self._reading else None
-        layout, sizes = job.plan.layout, plan_sizes(job.plan)
-        self._answer = Answer("".join(self._text), tuple(self._ids), reason, job.plan, Stats(
+        job, plan, timing = self.job, self._plan, self._reading.timing if self._reading else Timing()
+        assert plan is not None
+        layout, sizes = plan.layout, plan_sizes(plan)
+        self._answer = Answer("".join(self._text), tuple(self._ids), reason, plan, Stats(
             prompt_tokens=len(job.prompt),
             context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
             generated_tokens=len(self._ids),
             ttft_s=job.score_seconds + max(self._first_at - self._begin, 0.0),
-            tpot_s=timing.per_token if timing else 0.0,
-            score_s=job.score_seconds,
-            prefill_s=timing.prefill if timing else 0.0,
-            pack_s=timing.pack if timing else 0.0,
+            tpot_s=timing.per_token,
+            score_s=job.score_seconds + timing.plan,
+            score_wait_s=job.score_seconds + timing.wait,
+            prefill_s=timing.prefill,
+            pack_s=timing.pack,
             weights_bytes=job.engine.weights.nbytes,
             peak_memory_bytes=peak_memory(),
             backend=job.engine.backend.name,
             kernels=job.engine.backend.kernels(),
-            policy=job.plan.policy, scorer=job.plan.scorer, **sizes))
+            policy=plan.policy, scorer=plan.scorer, **sizes))
 
 
 class StopStrings:

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from cocktail.answer import Answer, AnswerStream, Job, check_positions, plan_sizes
 from cocktail.chunks import cut
 from cocktail.policies import Policy, default_query, load_policy
-from cocktail.scorers import Scorer, load_scorer
+from cocktail.scorers import Scorer, Scores, load_scorer
 from runtime.chat import split_prompt
-from runtime.engine import Reading, read
+from runtime.engine import PendingPlan, Reading, read
 from runtime.errors import PlanError, PromptError
-from runtime.plan import DocumentShape, Plan
+from runtime.plan import DocumentShape, Layout, Plan
 from runtime.sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class Document:
     def plan(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
              max_tokens: int | None = None, **options: Any) -> Plan:
         """Which chunk keeps how many bits for this question. options go to the policy (kv_bits, alpha, sink, ...)."""
-        return self._plan(query, policy, scorer, max_tokens, None, options)[0]
+        chosen, shape, score = self._prepare(query, policy, scorer, max_tokens, None, options)
+        return chosen.plan(shape, *score())
 
     @overload
     def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
@@ -101,16 +102,28 @@ class Document:
 
         policy, scorer, options: see plan(); plan: one made before, instead. max_tokens: None for up to 256.
         progress(stage, done, total) reports "score" and "prefill". stream=True returns an AnswerStream: iterate it
-        for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done.
+        for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done; what goes
+        wrong while chunks are scored comes once the first layer has been read, where the policy can wait so long.
         """
         seconds = 0.0
-        if plan is None:
-            plan, seconds = self._plan(query, policy, scorer, max_tokens, progress, options)
-        elif options:
-            raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
-        max_new = plan.layout.max_new if max_tokens is None else max_tokens
-        self._check_plan(plan, query, max_new)
-        answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), plan,
+        chosen_plan: Plan | PendingPlan
+        if plan is not None:
+            if options:
+                raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
+            chosen_plan = plan
+        else:
+            chosen, shape, score = self._prepare(query, policy, scorer, max_tokens, progress, options)
+            if chosen.uses_scores and not chosen.layout_needs_scores:
+                layout = chosen.layout(shape)
+                chosen_plan = PendingPlan(layout, lambda: chosen.assign(layout, *score()))
+            else:
+                begin = time.perf_counter()
+                scores = score()
+                seconds = time.perf_counter() - begin
+                chosen_plan = chosen.plan(shape, *scores)
+        max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
+        self._check_layout(chosen_plan.layout, query, max_new)
+        answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
                                   sampling or SamplingParams(), max_new, tuple(stop), seconds, progress))
         return answer if stream else answer.answer
 
@@ -142,38 +155,39 @@ class Document:
                                  reading.caches[i].sizes.nbytes, reading.caches[i].sizes.context_bits_per_value)
                 for i, name in enumerate(names)}
 
-    def _plan(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
-              progress: ProgressReport | None, options: Mapping[str, Any]) -> tuple[Plan, float]:
-        """The plan and the seconds that scoring took."""
+    def _prepare(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
+                 progress: ProgressReport | None, options: Mapping[str, Any],
+                 ) -> tuple[Policy, DocumentShape, Callable[[], tuple[Scores | None, str]]]:
+        """The policy and the prompt's sizes, checked, and what scores the chunks: call it for scores, scorer's name."""
         chosen = load_policy(policy, **options) if isinstance(policy, str) else policy
         chosen.check_model(self.model.engine)
         shape = self.shape(query, max_tokens)
-        begin = time.perf_counter()
-        scores = None
-        name = "none"
-        if chosen.uses_scores:
-            judge = self._scorer(scorer)
-            name = judge.name
+        if not chosen.uses_scores:
+            return chosen, shape, lambda: (None, "none")
+        judge = self._scorer(scorer)
+
+        def score() -> tuple[Scores, str]:
             if progress is not None:
                 progress("score", 0, 1)
             scores = judge.score(self.chunk_texts, query.strip() or default_query(self.system, self._last_text()))
             if progress is not None:
                 progress("score", 1, 1)
-        seconds = time.perf_counter() - begin
-        return chosen.plan(shape, scores, scorer=name), seconds
+            return scores, judge.name
+
+        return chosen, shape, score
 
     def _read(self, query: str, plans: Sequence[Plan], progress: ProgressReport | None = None) -> Reading:
         for plan in plans:
-            self._check_plan(plan, query, plan.layout.max_new)
+            self._check_layout(plan.layout, query, plan.layout.max_new)
         report = None if progress is None else lambda done, total: progress("prefill", done, total)
         return read(self.model.engine, self.prompt(query), plans, report)
 
-    def _check_plan(self, plan: Plan, query: str, max_new: int) -> None:
+    def _check_layout(self, layout: Layout, query: str, max_new: int) -> None:
         shape = self.shape(query, max_new)
-        plan.layout.check(chunk=shape.chunk, n_chunks=shape.n_chunks, prefix=shape.prefix, remainder=shape.remainder,
-                          suffix=shape.suffix)
-        if max_new > plan.layout.max_new:
-            raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {plan.layout.max_new}")
+        layout.check(chunk=shape.chunk, n_chunks=shape.n_chunks, prefix=shape.prefix, remainder=shape.remainder,
+                     suffix=shape.suffix)
+        if max_new > layout.max_new:
+            raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {layout.max_new}")
 
     def _suffix(self, query: str) -> list[int]:
         # Any context gives the same suffix: it is tokenized apart. A letter spares tokenizing the document again.

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cocktail import Answer
+    from cocktail import Answer, Stats
     from runtime.plan import Plan
 
 MAP_WIDTH = 96  # chunks per line of a plan's map
@@ -22,7 +22,7 @@ def table(answer: Answer) -> str:
     rows = [
         ("tokens", f"{s.prompt_tokens} in the prompt{context}; {s.generated_tokens} generated "
                    f"(ended by {answer.finish_reason})"),
-        ("time", f"TTFT {_seconds(s.ttft_s)} (score {_seconds(s.score_s)}, prefill {_seconds(s.prefill_s)}, "
+        ("time", f"TTFT {_seconds(s.ttft_s)} ({_scoring(s)}prefill {_seconds(s.prefill_s)}, "
                  f"pack {_seconds(s.pack_s)}), TPOT {_seconds(s.tpot_s)}{rate}"),
     ]
     if total := sum(s.chunks.values()):
@@ -96,6 +96,11 @@ class ProgressBar:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+def _scoring(s: Stats) -> str:
+    hidden = s.score_s - s.score_wait_s
+    return f"score {_seconds(s.score_s)}{f', {_seconds(hidden)} of it during prefill' if hidden > 1e-4 else ''}, "
 
 
 def _seconds(value: float) -> str:

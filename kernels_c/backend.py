@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,13 @@ class CpuBackend(CacheOps):
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The step itself: on the CPU a call costs next to nothing."""
         return step
+
+    # time ------------------------------------------------------------------------------------------------------
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
     # layer operations ------------------------------------------------------------------------------------------
     def embed(self, ids: Buffer, table: Matrix, out: Buffer) -> None:

@@ -106,6 +106,16 @@ class CudaBackend(CacheOps):
         """
         return _Captured(step) if self._graph else step
 
+    # time ------------------------------------------------------------------------------------------------------
+    def mark(self) -> Any:
+        event = self._cupy.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(begin, end)) / 1e3
+
     # layer operations ------------------------------------------------------------------------------------------
     def embed(self, ids: Array, table: Matrix, out: Array) -> None:
         T, (V, E) = len(ids), table.shape

@@ -107,6 +107,13 @@ class Backend(Protocol):
         `step` may touch only buffers that keep their addresses; what changes from call to call is in the state buffer.
         """
 
+    # time ------------------------------------------------------------------------------------------------------
+    def mark(self) -> Any:
+        """A point behind all the work handed over so far, for `seconds`."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """From one mark to another, as the device passes them; waits for the second."""
+
     # layer operations ------------------------------------------------------------------------------------------
     def embed(self, ids: Array, table: Matrix, out: Array) -> None:
         """out (T, E) float32 = table[ids]; ids (T,) int32."""

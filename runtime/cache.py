@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,6 @@ class Cache:
     def __init__(self, backend: Backend, config: ModelConfig, layout: Layout):
         self.layout = layout
         self.sizes = ArenaLayout(layout)
-        self.pack_seconds = 0.0
         self._backend = backend
         try:
             self.arena = backend.arena(self.sizes.nbytes)
@@ -47,21 +48,28 @@ class Cache:
         self.position = self.state[STATE_POSITION : STATE_POSITION + 1]
         self.slot = self.state[STATE_SLOT : STATE_SLOT + 1]
         self.token = self.state[STATE_TOKEN : STATE_TOKEN + 1]
-        self._plan: Plan | None = None
+        self._plan: Plan | Callable[[], Plan] | None = None
+        self._packing: list[tuple[Any, Any]] = []  # marks of the backend before and after each layer
+        self._waiting: list[tuple[Any, Any]] = []
+        self._making = 0.0
 
-    def assign(self, plan: Plan) -> None:
-        """Say which chunk sits where; every layer's `pack` follows the plan of that moment."""
-        if plan.layout != self.layout:
+    def assign(self, plan: Plan | Callable[[], Plan]) -> None:
+        """Say which chunk sits where, or how to find out when it is first needed; every layer's `pack` follows the plan
+        of that moment."""
+        if isinstance(plan, Plan) and plan.layout != self.layout:
             raise PlanError("the plan's layout is not the one that this cache was allocated for; make a new plan")
         self._plan = plan
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that is followed; None as long as there is none."""
+        return self._plan if isinstance(self._plan, Plan) else None
+
     def pack(self, layer: int, k: Array, v: Array) -> None:
         """Store one layer of the prompt; k, v FP16 (G, at least prompt tokens, D), row = position."""
-        if self._plan is None:
-            raise PlanError("no plan is assigned: call Cache.assign before the first layer is packed")
-        begin = time.perf_counter()
-        layout = self.layout
-        for chunks, span in zip(self._plan.stored(layer), self.spans[layer], strict=True):
+        plan = self._made()
+        begin, layout = self._backend.mark(), self.layout
+        for chunks, span in zip(plan.stored(layer), self.spans[layer], strict=True):
             if span.n:
                 starts = np.array([layout.start(chunk) for chunk in chunks], np.int32)
                 self._backend.pack(k, v, self.arena, span, starts, layout.chunk)
@@ -70,7 +78,13 @@ class Cache:
                                np.arange(context_end, layout.prompt_tokens, dtype=np.int32)])
         if len(rows):
             self._backend.copy_tail(k, v, rows, self.arena, self.tails[layer], 0)
-        self.pack_seconds += time.perf_counter() - begin
+        self._packing.append((begin, self._backend.mark()))
+
+    def timing(self) -> tuple[float, float, float]:
+        """Seconds of packing, of making the plan, and how long the device stood still for the latter."""
+        pack, wait = (sum(self._backend.seconds(begin, end) for begin, end in marks)
+                      for marks in (self._packing, self._waiting))
+        return pack, self._making, min(wait, self._making)
 
     def start(self, token: int) -> None:
         """Set the state to the first generated token, right after the prompt."""
@@ -80,6 +94,19 @@ class Cache:
         state[STATE_SLOT] = layout.prompt_tokens - layout.n_chunks * layout.chunk
         state[STATE_TOKEN] = token
         self.state[:] = self._backend.upload(state)
+
+    def _made(self) -> Plan:
+        if self._plan is None:
+            raise PlanError("no plan is assigned: call Cache.assign before the first layer is packed")
+        if not isinstance(self._plan, Plan):
+            # On a GPU the first mark passes when the work handed over so far is done: the time between is idle.
+            mark, begin = self._backend.mark(), time.perf_counter()
+            plan = self._plan()
+            self._making = time.perf_counter() - begin
+            self._waiting.append((mark, self._backend.mark()))
+            self.assign(plan)
+            return plan
+        return self._plan
 
     def _half(self, offset: int, shape: tuple[int, int, int]) -> Array:
         nbytes = 2 * shape[0] * shape[1] * shape[2]

@@ -13,18 +13,32 @@ import numpy.typing as npt
 from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
 from runtime.model import Model, StepBuffers, decode_step, prefill
-from runtime.plan import Plan
+from runtime.plan import Layout, Plan
 from runtime.sampler import Sampler, SamplingParams
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all) of the prefill
 
 
+@dataclass(frozen=True)
+class PendingPlan:
+    """A plan whose layout is fixed and whose assignment is not: caches are allocated and the first layer is read before
+    make() is called for it. make raises what it likes; `read` passes it on."""
+
+    layout: Layout
+    make: Callable[[], Plan]
+
+
 @dataclass
 class Timing:
-    """Seconds. prefill covers the forward pass and packing; pack is its share; decode the steps after the first id."""
+    """Seconds. prefill covers the forward pass and packing; pack is its share; decode the steps after the first id.
+
+    plan: making pending plans; wait: of that, what came on top of prefill because the device had run out of work.
+    """
 
     prefill: float = 0.0
     pack: float = 0.0
+    plan: float = 0.0
+    wait: float = 0.0
     decode: float = 0.0
     steps: int = 0  # decode steps taken
 
@@ -95,12 +109,14 @@ class Reading:
         return rows
 
 
-def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: Progress | None = None,
+def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan | PendingPlan], progress: Progress | None = None,
          tile: int | None = None) -> Reading:
     """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
 
-    The caches are allocated first: a plan that does not fit costs no prefill. tile: tokens of one prefill step, None
-    for the backend's own choice.
+    The caches are allocated first: a plan that does not fit costs no prefill. A pending plan is made, on this thread,
+    when the first layer is to be packed: CUDA has been handed that whole layer by then and works on it meanwhile. (A
+    second thread would fight this one for the interpreter at every launch, and a CPU has no idle cores to win.)
+    tile: tokens of one prefill step, None for the backend's own choice.
     """
     if not prompt:
         raise PromptError("the prompt is empty; give a context, a query or both")
@@ -110,7 +126,7 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: P
                           window=config.sliding_window, prompt_tokens=len(prompt))
     caches = tuple(Cache(model.backend, config, plan.layout) for plan in plans)
     for cache, plan in zip(caches, plans, strict=True):
-        cache.assign(plan)
+        cache.assign(plan if isinstance(plan, Plan) else plan.make)
     begin = time.perf_counter()
     try:
         rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
@@ -121,5 +137,7 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan], progress: P
     except MemoryError as error:
         raise OutOfMemory(f"no memory to read {len(prompt)} tokens: {error}; a shorter context needs less") from error
     first = model.backend.download(logits).copy()
-    timing = Timing(prefill=time.perf_counter() - begin, pack=sum(cache.pack_seconds for cache in caches))
+    seconds = time.perf_counter() - begin
+    pack, plan_, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
+    timing = Timing(prefill=seconds - wait, pack=pack, plan=plan_, wait=wait)
     return Reading(model, tuple(prompt), caches, rope, first, timing)

@@ -6,6 +6,7 @@ runtime.formats says it should see.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,12 @@ class NumpyBackend:
 
     def captured(self, step):
         return step
+
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, begin, end):
+        return end - begin
 
     def bind(self, arena, spans, tail, heads, kv_heads, head_dim, chunk, window):
         half = np.float16

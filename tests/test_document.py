@@ -1,11 +1,14 @@
 """Document: plans, answers, teacher forcing and comparisons agree with one another; misuse is refused by name."""
 
+import time
+
 import numpy as np
 import pytest
 import tiny_model
 
 import cocktail
-from runtime.errors import BackendError, OutOfMemory, PlanError, PromptError
+from runtime.engine import PendingPlan, read
+from runtime.errors import BackendError, OutOfMemory, PlanError, PromptError, ScorerError
 from runtime.plan import Plan
 from runtime.sampler import SamplingParams
 
@@ -75,10 +78,11 @@ def test_a_stop_string_ends_the_answer_before_it(doc):
 
 def test_ctrl_c_in_prefill_and_between_tokens_keeps_what_there_is(doc):
     def interrupt(stage, done, total):
-        if stage == "prefill":
+        if stage == "prefill" and done > total // 2:
             raise KeyboardInterrupt
     answer = doc.ask(QUESTION, max_tokens=4, progress=interrupt)
     assert (answer.finish_reason, answer.ids, answer.text) == ("interrupted", (), "")
+    assert answer.plan == doc.plan(QUESTION, max_tokens=4)
 
     stream = doc.ask(QUESTION, max_tokens=50, stream=True)
     first = next(stream)
@@ -86,6 +90,82 @@ def test_ctrl_c_in_prefill_and_between_tokens_keeps_what_there_is(doc):
     assert stream.answer.finish_reason == "interrupted"
     assert stream.answer.text == first
     assert len(stream.answer.ids) < 50
+
+
+class Spy:
+    """A scorer that says what had happened when it was called, and then does as it is told."""
+
+    name = "spy"
+
+    def __init__(self, act=lambda scores: scores):
+        self.events, self.act = [], act
+
+    def score(self, chunks, query):
+        self.events.append("score")
+        return self.act(np.arange(len(chunks), dtype=np.float32))
+
+    def report(self, stage, done, total):
+        self.events.append(f"{stage} {done}/{total}")
+
+
+def test_chunks_are_scored_behind_the_first_layer_where_the_layout_can_be_known_before(doc, monkeypatch):
+    spy = Spy()
+    pack = doc.model.backend.pack
+    monkeypatch.setattr(doc.model.backend, "pack", lambda *args: (spy.events.append("pack"), pack(*args)))
+    monkeypatch.setattr(doc.model.backend, "prefill_tile", 512)
+    answer = doc.ask(QUESTION, max_tokens=6, scorer=spy, progress=spy.report)
+    at = spy.events.index("score")
+    tiles, layers = -(-len(doc.prompt(QUESTION)) // 512), doc.model.config.n_layers
+    total = tiles * layers
+    assert tiles > 1
+    assert spy.events[:at] == [f"prefill {i + 1}/{total}" for i in range(tiles - 1)] + ["score 0/1"]
+    assert spy.events[at + 1 : at + 3] == ["score 1/1", "pack"]
+    assert spy.events.count("score") == 1
+    # The same plan and answer as when the plan is made first.
+    assert answer.plan == doc.plan(QUESTION, max_tokens=6, scorer=spy)
+    assert answer.ids == doc.ask(QUESTION, plan=answer.plan).ids
+
+
+def test_thresholds_need_the_scores_first(doc):
+    spy = Spy()
+    doc.ask(QUESTION, policy="cocktail", max_tokens=2, scorer=spy, progress=spy.report)
+    assert spy.events[:4] == ["score 0/1", "score", "score 1/1", f"prefill 1/{spy.events[3].split('/')[1]}"]
+
+
+def test_what_scoring_took_is_told_apart_from_prefill(doc):
+    def slowly(scores):
+        time.sleep(0.2)
+        return scores
+    for options in ({}, {"policy": "cocktail"}):
+        stats = doc.ask(QUESTION, max_tokens=2, scorer=Spy(slowly), **options).stats
+        assert stats.score_s >= stats.score_wait_s >= 0.2  # a CPU does one thing at a time
+        assert stats.ttft_s >= stats.score_wait_s + stats.prefill_s  # so prefill_s leaves it out
+
+
+@pytest.mark.parametrize(("error", "message"), [(ScorerError, "no such word"), (KeyboardInterrupt, "stopped")])
+@pytest.mark.parametrize("policy", ["budget", "cocktail"])
+def test_a_scorer_that_fails_fails_the_answer_and_nothing_else(doc, error, message, policy):
+    def fail(scores):
+        raise error(message)
+    with pytest.raises(error, match=message):
+        doc.ask(QUESTION, max_tokens=2, scorer=Spy(fail), policy=policy)
+    stream = doc.ask(QUESTION, max_tokens=2, scorer=Spy(fail), stream=True)
+    with pytest.raises(error, match=message):
+        next(stream)
+    with pytest.raises(PromptError, match="nothing to return"):
+        _ = stream.answer
+    with pytest.raises(PlanError, match="one per chunk"):
+        doc.ask(QUESTION, max_tokens=2, scorer=Spy(lambda scores: scores[1:]), policy=policy)
+    assert doc.ask(QUESTION, max_tokens=2, policy=policy).ids  # the document and the model are as before
+
+
+def test_a_plan_for_another_layout_is_refused_however_late(doc):
+    engine, prompt = doc.model.engine, doc.prompt(QUESTION)
+    plan, other = (doc.plan(QUESTION, max_tokens=4, kv_bits=bits) for bits in (3.5, 5))
+    with pytest.raises(PlanError, match="layout"):
+        read(engine, prompt, [PendingPlan(plan.layout, lambda: other)])
+    reading = read(engine, prompt, [PendingPlan(plan.layout, lambda: plan), other])
+    assert [cache.plan for cache in reading.caches] == [plan, other]
 
 
 def test_sampling_repeats_with_its_seed_and_changes_with_it(doc):
