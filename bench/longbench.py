@@ -1,6 +1,7 @@
 """LongBench under each policy, as the Cocktail paper's Table II. `python -m bench.longbench MODEL --data FOLDER`
 
-FOLDER holds LongBench's .jsonl files; nothing is downloaded. Per sample, as the benchmark's own pred.py does it:
+FOLDER holds LongBench's .jsonl files and its dataset2prompt.json; nothing is downloaded. Per sample, as the benchmark's
+own pred.py does it:
 
     1. the prompt is the dataset's format filled in; beyond --max-length tokens (3500 for 4K models, 31500 for 32K) its
        first and last half are kept
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import cocktail
-from bench.longbench_data import DATASETS, DataError, Dataset, Sample, differences, read_samples
+from bench.longbench_data import DATASETS, DataError, Dataset, Sample, differences, read_formats, read_samples
 from bench.report import describe_run, emit, print_table, progress
 from cocktail.policies import Policy, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
@@ -90,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def build_prompt(tokenizer: Tokenizer, dataset: Dataset, sample: Sample, max_length: int) -> Prompt:
+def build_prompt(tokenizer: Tokenizer, prompt_format: str, sample: Sample, max_length: int) -> Prompt:
     """The filled-in format, cut to max_length tokens (BOS counted): its first and its last half, decoded and joined."""
-    before, after = dataset.prompt_format.split("{context}")
+    before, after = prompt_format.split("{context}")
     after = after.replace("{input}", sample.input)
     ids = tokenizer.encode(before + sample.context + after)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
@@ -123,10 +124,10 @@ def build_document(model: cocktail.Model, prompt: Prompt, chat: str | None, chun
     return cocktail.Model(model.engine, model.tokenizer, frame).read(prompt.context, chunk=chunk)
 
 
-def run_sample(model: cocktail.Model, dataset: Dataset, sample: Sample, methods: Sequence[Method],
+def run_sample(model: cocktail.Model, dataset: Dataset, prompt_format: str, sample: Sample, methods: Sequence[Method],
                scorers: Mapping[str, Scorer], max_length: int, chat: str | None = None) -> list[Outcome]:
     """Every method's answer to one sample, from one prefill."""
-    prompt = build_prompt(model.tokenizer, dataset, sample, max_length)
+    prompt = build_prompt(model.tokenizer, prompt_format, sample, max_length)
     if not prompt.context:
         raise PromptError(f"{dataset.name}: the prompt's format and question alone exceed {max_length} tokens; "
                           "a larger --max-length leaves room for the document")
@@ -190,6 +191,7 @@ def summarize(method: Method, outcomes: Mapping[str, Sequence[Outcome]]) -> dict
 
 
 def _run(args: argparse.Namespace) -> None:
+    formats = read_formats(args.data, args.datasets)
     samples = {name: read_samples(args.data, name, args.limit) for name in args.datasets}
     methods = [parse_method(text, args.scorer) for text in args.policies]
     scorers = {method.scorer: load_scorer(method.scorer) for method in methods}
@@ -199,7 +201,7 @@ def _run(args: argparse.Namespace) -> None:
     for name, of_dataset in samples.items():
         dataset = DATASETS[name] if args.max_new is None else replace(DATASETS[name], max_new=args.max_new)
         for i, sample in enumerate(of_dataset):
-            found = run_sample(model, dataset, sample, methods, scorers, args.max_length, args.chat)
+            found = run_sample(model, dataset, formats[name], sample, methods, scorers, args.max_length, args.chat)
             for method, outcome in zip(methods, found, strict=True):
                 outcomes[method.label].setdefault(name, []).append(outcome)
             progress(f"{name} {i + 1}/{len(of_dataset)} {time.perf_counter() - begin:.0f}s "
@@ -273,7 +275,8 @@ def _chat(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.longbench", description=(__doc__ or "").split("`")[0])
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where LongBench's .jsonl files lie")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER",
+                        help="where LongBench's .jsonl files and dataset2prompt.json lie")
     parser.add_argument("--datasets", type=_list(tuple(DATASETS)), default=list(DATASETS), metavar="A,B,...",
                         help="default: all of the paper's Table I")
     parser.add_argument("--policies", type=_list(), default=["fp16", "budget", "cocktail"], metavar="A,B:option=1,...")

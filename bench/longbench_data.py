@@ -1,13 +1,13 @@
-"""The eight LongBench datasets of the Cocktail paper's Table I: prompts, lengths, metrics, and their files read.
+"""The eight LongBench datasets of the Cocktail paper's Table I: lengths, metrics, and their files read.
 
-Prompt formats and generation lengths are LongBench's data, verbatim, spacing included (config/dataset2prompt.json and
-dataset2maxlen.json of github.com/THUDM/LongBench, MIT licence): scores are comparable only for the same prompts.
+Scores are comparable only for the same prompts, so the prompt formats are read from LongBench's own file
+(dataset2prompt.json), which lies beside the data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Dataset:
     name: str
     title: str
     size: int
-    prompt_format: str
     max_new: int
     metric: Metric
     chat: bool = True
@@ -59,61 +58,42 @@ class Sample:
 
 
 DATASETS = {dataset.name: dataset for dataset in (
-    Dataset(
-        "qasper", "Qasper", 200,
-        "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
-        "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
-        "article, write \"unanswerable\". If the question is a yes/no question, answer \"yes\", \"no\", or "
-        "\"unanswerable\". Do not provide any explanation.\n\nArticle: {context}\n\n Answer the question based on the "
-        "above article as concisely as you can, using a single phrase or sentence if possible. If the question cannot "
-        "be answered based on the information in the article, write \"unanswerable\". If the question is a yes/no "
-        "question, answer \"yes\", \"no\", or \"unanswerable\". Do not provide any explanation.\n\nQuestion: {input}"
-        "\n\nAnswer:",
-        128, qa_f1),
-    Dataset(
-        "qmsum", "QMSum", 200,
-        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one "
-        "or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting transcript "
-        "in one or more sentences.\n\nQuery: {input}\nAnswer:",
-        512, rouge_l),
-    Dataset(
-        "multi_news", "MultiNews", 200,
-        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\nNow, "
-        "write a one-page summary of all the news.\n\nSummary:",
-        512, rouge_l, task="Write a one-page summary of all the news."),
-    Dataset(
-        "trec", "TREC", 200,
-        "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n{input}",
-        64, classification, chat=False, first_line=True),
-    Dataset(
-        "triviaqa", "TriviaQA", 200,
-        "Answer the question based on the given passage. Only give me the answer and do not output any other words. "
-        "The following are some examples.\n\n{context}\n\n{input}",
-        32, qa_f1, chat=False, first_line=True),
-    Dataset(
-        "samsum", "SAMSum", 200,
-        "Summarize the dialogue into a few short sentences. The following are some examples.\n\n{context}\n\n{input}",
-        128, rouge_l, chat=False, first_line=True, stop="\n"),
-    Dataset(
-        "lcc", "LCC", 500,
-        "Please complete the code given below. \n{context}Next line of code:\n",
-        64, code_sim, chat=False),
-    Dataset(
-        "repobench-p", "RepoBench-P", 500,
-        "Please complete the code given below. \n{context}{input}Next line of code:\n",
-        64, code_sim, chat=False),
+    Dataset("qasper", "Qasper", 200, 128, qa_f1),
+    Dataset("qmsum", "QMSum", 200, 512, rouge_l),
+    Dataset("multi_news", "MultiNews", 200, 512, rouge_l, task="Summarize all of the news."),
+    Dataset("trec", "TREC", 200, 64, classification, chat=False, first_line=True),
+    Dataset("triviaqa", "TriviaQA", 200, 32, qa_f1, chat=False, first_line=True),
+    Dataset("samsum", "SAMSum", 200, 128, rouge_l, chat=False, first_line=True, stop="\n"),
+    Dataset("lcc", "LCC", 500, 64, code_sim, chat=False),
+    Dataset("repobench-p", "RepoBench-P", 500, 64, code_sim, chat=False),
 )}
+FORMATS = "dataset2prompt.json"
+
+
+def read_formats(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The datasets' prompt formats from FOLDER/dataset2prompt.json: {context} once, behind it {input} or nothing.
+
+    Raises DataError, which names what is wrong.
+    """
+    path = _in_folder(folder, FORMATS, "config/ of github.com/THUDM/LongBench")
+    try:
+        formats = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(formats, dict):
+        raise DataError(f"{path}: expected an object of dataset: format")
+    for name in names:
+        text = _field(formats, name, str, str(path))
+        before, found, after = text.partition("{context}")
+        if not found or "{" in before or "{" in after.replace("{input}", "", 1):
+            raise DataError(f"{path}: the format of {name!r} is {text!r:.60}; expected {{context}} once, then "
+                            "{input} at most once and no other field")
+    return {name: formats[name] for name in names}
 
 
 def read_samples(folder: Path, name: str, limit: int | None = None) -> list[Sample]:
     """The first `limit` samples of FOLDER/NAME.jsonl. Raises DataError, which names the line and what is wrong."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; LongBench's .jsonl files are expected there (data.zip of "
-                        "huggingface.co/datasets/THUDM/LongBench, unpacked); nothing is downloaded")
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no .jsonl file at all"
-        raise DataError(f"{folder} has no {path.name}; it has {there}")
+    path = _in_folder(folder, f"{name}.jsonl", "data.zip of huggingface.co/datasets/THUDM/LongBench, unpacked")
     samples = list(_samples(path, limit, needs_classes=DATASETS[name].metric is classification))
     if not samples:
         raise DataError(f"{path} holds no samples")
@@ -129,6 +109,16 @@ def differences(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
         if other := sorted({row.dataset for row in rows} - {name}):
             found.append(f"{name}: samples of {', '.join(map(repr, other))}")
     return found
+
+
+def _in_folder(folder: Path, name: str, source: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; LongBench's files are expected there; nothing is downloaded")
+    path = folder / name
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.json*"))) or "no .json or .jsonl file at all"
+        raise DataError(f"{folder} has no {name} ({source}); it has {there}")
+    return path
 
 
 def _samples(path: Path, limit: int | None, needs_classes: bool) -> Iterator[Sample]:

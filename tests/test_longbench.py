@@ -16,7 +16,7 @@ from tiny_model import save_tiny_model
 import cocktail
 from bench import longbench
 from bench.longbench import Asked, Prompt, build_document, build_prompt, parse_method, run_sample
-from bench.longbench_data import DATASETS, DataError, Sample, differences, read_samples
+from bench.longbench_data import DATASETS, DataError, Sample, differences, read_formats, read_samples
 from bench.longbench_metrics import classification, code_sim, first_line, qa_f1, rouge_l
 from cocktail.scorers import load_scorer
 from runtime.errors import PlanError, PromptError
@@ -155,14 +155,6 @@ def test_generation_lengths_chat_and_order_are_the_benchmarks():
     assert {name for name, dataset in DATASETS.items() if dataset.stop} == {"samsum"}
 
 
-@pytest.mark.parametrize("dataset", DATASETS.values(), ids=lambda dataset: dataset.name)
-def test_every_format_has_one_document_and_its_question_behind_it(dataset):
-    before, after = dataset.prompt_format.split("{context}")
-    assert "{" not in before
-    assert after.replace("{input}", "", 1).find("{") < 0
-    assert ("{input}" in after) == (dataset.name not in ("multi_news", "lcc"))
-
-
 # Truncation.
 
 class Letters:
@@ -180,7 +172,7 @@ class Letters:
         return "".join(chr(i) for i in ids if i >= 0)
 
 
-FORMAT = replace(DATASETS["qasper"], prompt_format="Text: {context} Q: {input}?")
+FORMAT = "Text: {context} Q: {input}?"
 
 
 def built(context: str, question: str, max_length: int, adds_bos: bool = True) -> Prompt:
@@ -208,7 +200,7 @@ def test_a_long_question_loses_its_beginning_and_nothing_twice():
 
 @given(context=st.text(min_size=1, max_size=60), question=st.text(max_size=30), max_length=st.integers(2, 120))
 def test_truncation_is_the_benchmarks(context, question, max_length):
-    whole = FORMAT.prompt_format.format(context=context, input=question)
+    whole = FORMAT.format(context=context, input=question)
     ids = [-1, *map(ord, whole)]
     half = int(max_length / 2)
     expected = whole if len(ids) <= max_length else Letters().decode(ids[:half]) + Letters().decode(ids[-half:])
@@ -227,6 +219,10 @@ def line(**fields: object) -> str:
 
 def write(folder, name: str, *lines: str) -> None:
     (folder / f"{name}.jsonl").write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+
+
+def write_formats(folder) -> None:
+    (folder / "dataset2prompt.json").write_text(json.dumps(dict.fromkeys(DATASETS, FORMAT)), encoding="utf-8")
 
 
 def test_samples_are_read_in_order_up_to_the_limit(tmp_path):
@@ -265,10 +261,10 @@ def test_a_missing_field_is_named(tmp_path, field):
 def test_a_missing_folder_file_or_sample_is_named(tmp_path):
     with pytest.raises(DataError, match=r"absent is not a folder.*nothing is downloaded"):
         read_samples(tmp_path / "absent", "qasper")
-    with pytest.raises(DataError, match=r"has no trec.jsonl; it has no .jsonl file at all"):
+    with pytest.raises(DataError, match=r"has no trec.jsonl .*; it has no .json or .jsonl file at all"):
         read_samples(tmp_path, "trec")
     write(tmp_path, "qasper")
-    with pytest.raises(DataError, match=r"has no trec.jsonl; it has qasper.jsonl"):
+    with pytest.raises(DataError, match=r"has no trec.jsonl .*; it has qasper.jsonl"):
         read_samples(tmp_path, "trec")
     with pytest.raises(DataError, match="holds no samples"):
         read_samples(tmp_path, "qasper")
@@ -286,6 +282,36 @@ def test_only_whole_datasets_of_longbench_itself_give_its_scores():
     assert differences({"lcc": whole["lcc"][:200]}) == ["lcc: 200 samples instead of 500"]
     assert differences({"qasper": [*whole["qasper"][1:], sample_of("made up", "x")]}) == [
         "qasper: samples of 'made up'"]
+
+
+FORMATS = {"qasper": "Article: {context}\nQ: {input}", "lcc": "{context}Next line:", "trec": "{context}\n{input}"}
+
+
+def test_formats_are_those_of_the_benchmarks_file(tmp_path):
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps(FORMATS | {"other": "{documents}"}), encoding="utf-8")
+    assert read_formats(tmp_path, ["lcc", "qasper"]) == {name: FORMATS[name] for name in ("lcc", "qasper")}
+    with pytest.raises(DataError, match="no field 'samsum'"):
+        read_formats(tmp_path, ["lcc", "samsum"])
+
+
+@pytest.mark.parametrize("text", [
+    "no document: {input}", "{context} {context}", "{input} before {context}", "{context} {input} {input}",
+    "{context} {other}", 7])
+def test_a_format_that_cannot_be_filled_in_is_refused(tmp_path, text):
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"qasper": text}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"dataset2prompt.json: .*'qasper'"):
+        read_formats(tmp_path, ["qasper"])
+
+
+def test_a_missing_or_damaged_format_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent is not a folder.*nothing is downloaded"):
+        read_formats(tmp_path / "absent", ["qasper"])
+    with pytest.raises(DataError, match=r"has no dataset2prompt\.json \(config/ of"):
+        read_formats(tmp_path, ["qasper"])
+    for damaged in ("{", "[]"):
+        (tmp_path / "dataset2prompt.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(DataError, match=r"dataset2prompt\.json"):
+            read_formats(tmp_path, ["qasper"])
 
 
 # Methods.
@@ -334,8 +360,9 @@ def test_a_chat_format_that_loses_the_prompt_is_refused(model):
 
 
 def test_a_length_that_leaves_no_document_is_refused(model):
+    wordy = "Read well. " * 50 + "{context}" + " Answer well." * 50
     with pytest.raises(PromptError, match=r"qasper: .*exceed 100 tokens; a larger --max-length"):
-        run_sample(model, DATASETS["qasper"], sample_of("qasper", "x", context=LONG), [], {}, 100)
+        run_sample(model, DATASETS["qasper"], wordy, sample_of("qasper", "x", context=LONG), [], {}, 100)
 
 
 def test_an_answer_is_the_models_own_greedy_one(model):
@@ -343,8 +370,8 @@ def test_an_answer_is_the_models_own_greedy_one(model):
     sample = sample_of("lcc", "x", context=LONG)
     methods = [parse_method(text, "bm25") for text in ("fp16", "budget:kv_bits=4")]
     scorers = {name: load_scorer(name) for name in ("bm25", "none")}
-    exact, mixed = run_sample(model, dataset, sample, methods, scorers, 10**6)
-    doc = build_document(model, build_prompt(model.tokenizer, dataset, sample, 10**6), "{prompt}")
+    exact, mixed = run_sample(model, dataset, FORMAT, sample, methods, scorers, 10**6)
+    doc = build_document(model, build_prompt(model.tokenizer, FORMAT, sample, 10**6), "{prompt}")
     answer = doc.ask("", policy="fp16", max_tokens=8)
     assert exact.prediction == answer.text
     assert exact.bits == answer.stats.context_bits_per_value
@@ -355,7 +382,7 @@ def test_a_stop_text_ends_the_answer_but_never_begins_it(model, monkeypatch):
     methods, scorers, new = [parse_method("fp16", "bm25")], {"none": load_scorer("none")}, 8
     dataset = replace(DATASETS["samsum"], max_new=new, stop="STOP")
     sample = sample_of("samsum", "x", context=LONG, input="Who?")
-    doc = build_document(model, build_prompt(model.tokenizer, dataset, sample, 10**6), "{prompt}")
+    doc = build_document(model, build_prompt(model.tokenizer, FORMAT, sample, 10**6), "{prompt}")
     free = doc.ask("", policy="fp16", max_tokens=new).ids
     later = next(i for i in range(1, new) if free[i] not in free[:i])
     encode = model.tokenizer.encode
@@ -363,7 +390,7 @@ def test_a_stop_text_ends_the_answer_but_never_begins_it(model, monkeypatch):
     def with_stop(token: int) -> str:
         monkeypatch.setattr(model.tokenizer, "encode",
                             lambda text, **options: [0, token] if text == "STOP" else encode(text, **options))
-        return run_sample(model, dataset, sample, methods, scorers, 10**6)[0].prediction
+        return run_sample(model, dataset, FORMAT, sample, methods, scorers, 10**6)[0].prediction
 
     assert with_stop(free[later]) == model.tokenizer.decode(free[: later + 1])
 
@@ -392,6 +419,7 @@ def test_chunks_are_scored_once_and_against_the_samples_own_question():
 
 def test_all_eight_datasets_run_and_are_not_called_longbench(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cocktail, "load", lambda *args, **options: model)
+    write_formats(tmp_path)
     for name in DATASETS:
         write(tmp_path, name, *[line(context=LONG * 3, dataset="made up", all_classes=["Date", "City"],
                                      answers=["Date"])] * 2)
@@ -421,6 +449,7 @@ def test_a_run_on_the_demo_model(tmp_path, capsys):
         [("lamp", "hall"), ("rope", "shed"), ("kettle", "kitchen")] * 12))
     write(tmp_path, "qasper", line(context=text, input="Where is the rope?", answers=["shed", "in the shed"],
                                    dataset="made up"))
+    write_formats(tmp_path)
     write(tmp_path, "samsum", line(context=text, input="Dialogue: Ann: Bye!\nSummary:", dataset="made up"))
     longbench.main([str(demo_model()), "--data", str(tmp_path), "--datasets", "qasper,samsum", "--max-new", "4",
                     "--max-length", "200", "--backend", "cpu", "--threads", "1"])
