@@ -25,6 +25,10 @@ class PlanError(CocktailError):
     """A policy, budget, layout or plan is invalid or does not fit the document and model."""
 
 
+class TuneError(CocktailError):
+    """A search for pairs of widths cannot begin or go on: its packages, settings or study file are wrong."""
+
+
 class PromptError(CocktailError):
     """A prompt is empty, too long for the model's positions, or otherwise unusable."""
 

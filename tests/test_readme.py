@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_model import save_tiny_model
 
+from cocktail import tune
 from cocktail.run import parser
 
 ROOT = Path(__file__).parents[1]
@@ -80,4 +81,4 @@ def test_the_options_table_is_complete():
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"--[a-z][a-z-]*", README))))
 def test_every_option_mentioned_exists(name):
-    assert name in {name for action in options() for name in action.option_strings}
+    assert name in {name for action in (*options(), *tune.parser()._actions) for name in action.option_strings}

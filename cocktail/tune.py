@@ -1,0 +1,188 @@
+"""`python -m cocktail.tune MODEL --text FILE --out pairs.json`: KVTuner's offline search for the widths of each layer.
+
+Reads calibration prompts, profiles every layer's attention-output error under each pair of K and V bits, keeps each
+layer's Pareto front, clusters layers that are alike, and lets NSGA-II choose one pair per cluster: least mean KL to the
+FP16 cache for fewest bits, under a cap. Writes the pairs file that `--pairs` reads, a table and a plot.
+
+The search goes on where it was interrupted: the same command with the same study file. Results go to stdout, progress
+to stderr. Exit codes: 0; 2 after an error, which is one line; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import CocktailError, PromptError, TuneError
+
+if TYPE_CHECKING:
+    from cocktail.model import Model
+    from cocktail.tuning.calibration import Prompt
+
+RIVAL = "K4V4"  # the cap's default is its bits, and the file's choice takes fewer at no more KL
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; bad arguments exit with 2 at once."""
+    options = parser().parse_args(arguments)
+    try:
+        _run(options)
+    except CocktailError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m cocktail.tune", allow_abbrev=False,
+                                description="Find how many bits each layer's K and V need.")
+    p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
+    p.add_argument("--out", metavar="FILE", required=True, help="the pairs file to write")
+    p.add_argument("--plot", metavar="FILE", help="PNG (beside --out)")
+    p.add_argument("--study", metavar="FILE", help="what is measured is kept here (beside --out)")
+
+    texts = p.add_argument_group("calibration")
+    texts.add_argument("--prompts", metavar="FILE", help='JSON lines {"context", "query", optional "answer"}')
+    texts.add_argument("--text", metavar="FILE", help="UTF-8 text to cut prompts from")
+    texts.add_argument("--count", metavar="N", type=int, default=9, help="prompts cut from --text (9)")
+    texts.add_argument("--tokens", metavar="N", type=int, default=1024, help="of a prompt cut from --text (1024)")
+    texts.add_argument("--answer-tokens", metavar="N", type=int, default=24, help="compared per prompt, at most (24)")
+    texts.add_argument("--chunk", metavar="TOKENS", type=int, default=32, help="as at run time (32)")
+    texts.add_argument("--sink", metavar="N", type=int, default=1, help="first chunks that stay FP16 (1)")
+    texts.add_argument("--seed", metavar="N", type=int, default=0, help="of the text's windows and of the search (0)")
+
+    search = p.add_argument_group("search")
+    search.add_argument("--candidates", metavar="LIST", help="pairs to choose from, e.g. K2V2,K4V2,K4V4,K8V8")
+    search.add_argument("--trials", metavar="N", type=int, default=200, help="combinations to measure in all (200)")
+    search.add_argument("--population", metavar="N", type=int, help="of a generation (24)")
+    search.add_argument("--similar", metavar="FACTOR", type=float,
+                        help="layers whose errors differ by less share a choice (1.5)")
+    search.add_argument("--max-bits", metavar="BITS", type=float, help=f"cap on mean bits per value (those of {RIVAL})")
+    search.add_argument("--choose", metavar="BITS", type=float, help="write the best trade-off of at most so many bits "
+                        f"(the fewest with no more KL than {RIVAL} everywhere)")
+
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    machine.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured choice)")
+    return p
+
+
+def _run(options: argparse.Namespace) -> None:
+    _check(options)
+    import cocktail
+    from cocktail.policies.pairs import fingerprint
+    from cocktail.tuning import report
+    from cocktail.tuning.calibration import calibrate
+    from cocktail.tuning.profile import profile
+    from cocktail.tuning.search import POPULATION, Search, front
+    from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, pair_bits, parse_candidates
+    from runtime.plan import Tier
+
+    candidates, similar = parse_candidates(options.candidates or CANDIDATES), options.similar or SIMILAR
+    model = cocktail.load(options.model, backend=options.backend, threads=options.threads)
+    config, prompts = model.config, _prompts(options, model)
+    identity = {"n_layers": config.n_layers, "n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
+                "fingerprint": fingerprint(model.engine)}
+    max_bits = options.max_bits or pair_bits(Tier.parse(RIVAL), options.chunk, config.head_dim)
+    settings = {"model": identity, "prompts": sha256(repr(prompts).encode()).hexdigest()[:16],
+                "answer_tokens": options.answer_tokens, "chunk": options.chunk, "sink": options.sink,
+                "candidates": [str(tier) for tier in candidates], "similar": similar}
+    study = Search(options.study or _beside(options.out, ".study"), settings, options.seed,
+                   options.population or POPULATION)
+
+    progress = _Progress()
+    calibration = calibrate(model, prompts, chunk=options.chunk, answer_tokens=options.answer_tokens,
+                            sink=options.sink, progress=progress.of("read"))
+    errors = study.profile
+    if errors is None:
+        errors = study.profile = profile(calibration, candidates, progress.of("profile"))
+    space = build_space(candidates, errors, options.chunk, config.head_dim, similar)
+    print(f"{len(space.clusters)} clusters of {config.n_layers} layers, {space.size:,} combinations; "
+          f"cap {max_bits:.3f} bits", file=sys.stderr)
+    even = study.even(space, calibration.kl, progress.of("even"))
+    study.run(space, calibration.kl, options.trials, max_bits, progress.of("search"))
+    progress.close()
+
+    best = front(study.found(), max_bits)
+    chosen = report.choose(best, even, options.choose, RIVAL)
+    report.write_pairs(options.out, chosen, best, even, identity, calibration.described)
+    report.draw(options.plot or _beside(options.out, ".png"), chosen, study.found(), best, even)
+    report.print_table(chosen, best, even, space)
+    print(f"chosen: {chosen.bits:.3f} bits, KL {chosen.kl:.5f}; written to {options.out}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be refused before the model is loaded."""
+    missing = [name for name in ("optuna", "sklearn", "matplotlib") if not _importable(name)]
+    if missing:
+        raise TuneError(f"{' and '.join(missing)} cannot be imported; run: pip install 'cocktail-kv[tune]'")
+    if (options.prompts is None) == (options.text is None):
+        raise PromptError("calibration needs prompts: give one of --prompts and --text")
+    for name, low in (("count", 1), ("tokens", 1), ("answer_tokens", 2), ("trials", 1), ("sink", 0), ("seed", 0)):
+        if getattr(options, name) < low:
+            raise TuneError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least {low}")
+    if options.population is not None and options.population < 2:
+        raise TuneError(f"--population is {options.population}; expected at least 2")
+    for name in ("max_bits", "choose"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            raise TuneError(f"--{name.replace('_', '-')} is {getattr(options, name):g}; expected bits per value")
+    if options.similar is not None and options.similar <= 1:
+        raise TuneError(f"--similar is {options.similar:g}; expected a factor above 1")
+    for path in filter(None, (options.out, options.plot, options.study)):
+        if not Path(path).resolve().parent.is_dir():
+            raise TuneError(f"{path}: its folder does not exist")
+
+
+def _prompts(options: argparse.Namespace, model: Model) -> list[Prompt]:
+    from cocktail.tuning.calibration import prompts_of_text, read_prompts, read_text
+
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
+    return prompts_of_text(model, read_text(options.text), options.count, options.tokens, options.answer_tokens,
+                           options.seed)
+
+
+def _beside(path: str, suffix: str) -> str:
+    return str(Path(path).with_suffix(suffix))
+
+
+def _importable(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        from cocktail.summary import ProgressBar
+
+        self._terminal = sys.stderr.isatty()
+        self._bar = ProgressBar(shown=self._terminal)
+
+    def of(self, stage: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if self._terminal:
+                self._bar(stage, done, total)
+            elif done % max(1, total // 10) == 0:
+                print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+        return report
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
