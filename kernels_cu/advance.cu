@@ -2,6 +2,8 @@
 #include "common.cuh"
 
 KERNEL advance(i32 *state, i32 token) {
+    wait_for_predecessor();
+    start_successor();
     state[0]++;
     state[1]++;
     state[2] = token;

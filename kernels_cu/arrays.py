@@ -11,7 +11,7 @@ from kernels_cu.build import import_cupy
 from kernels_cu.errors import DeviceMemoryError, KernelError
 
 Array = Any  # cupy.ndarray
-F16, F32, I32, U8 = (np.dtype(name) for name in ("float16", "float32", "int32", "uint8"))
+F16, F32, F64, I32, U8 = (np.dtype(name) for name in ("float16", "float32", "float64", "int32", "uint8"))
 NULL = np.uint64(0)
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("uint16")}
 
@@ -73,8 +73,10 @@ class Matrix:
 
     @classmethod
     def on_device(cls, array: Array, dtype: str) -> Matrix:
-        """A matrix that is in device memory already; kept, not copied."""
+        """A matrix that is in device memory already; kept, not copied. Waits for what is still writing it: kernels
+        read weights before the kernels ahead of them have ended (build.py)."""
         _check_stored(array, dtype)
+        import_cupy().cuda.get_current_stream().synchronize()
         matrix = cls.__new__(cls)
         matrix._keep(array, dtype)
         return matrix

@@ -4,16 +4,23 @@ A kernel is named by a Spec: source file, entry point and macro definitions (its
 because nothing that caches compiled code looks inside an included file. NVRTC is called directly: RawModule's own call
 adds -ftz=true, which would flush subnormals that the storage formats keep, and it cannot compile for a GPU that is
 not there. Compiled code is kept on disk under a hash of everything it depends on.
+
+A kernel whose source calls wait_for_predecessor() (common.cuh) is launched early: on Hopper and later its blocks may
+start while those of the kernel before are still running, also in a captured graph. CuPy cannot ask for that, so these
+launches go to the driver directly.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +30,8 @@ from kernels_cu.errors import ArchitectureTooOld, CupyMissing, KernelError, NoDe
 
 ARCHITECTURES = (80, 86, 89, 90)  # what the kernels are written for and compiled for in tests
 SOURCES = Path(__file__).parent
+_EARLY_ARCHITECTURE, _EARLY_DRIVER = 90, 12030  # CUDA 12.3 captures early launches as edges of a graph
+_in_order: ContextVar[bool] = ContextVar("in_order", default=False)
 
 
 @dataclass(frozen=True)
@@ -78,13 +87,37 @@ def architecture_of(device: int) -> int:
     return architecture
 
 
-def kernel(spec: Spec, dynamic_shared: int = 0) -> Any:
-    """The loaded kernel for the current GPU: call it as kernel(grid, block, args, shared_mem=bytes).
+class Kernel:
+    """A loaded kernel; `kernel` is CuPy's function of it."""
 
-    dynamic_shared: the most bytes of dynamic shared memory it will be launched with. Every scalar argument must be a
-    NumPy scalar of the C type: CuPy checks nothing.
+    def __init__(self, function: Any, early: bool) -> None:
+        self._function, self._early, self.kernel = function, early, function.kernel
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...],
+                 shared_mem: int = 0) -> None:  # fmt: skip
+        """Launch on the current stream. Every argument must be a NumPy scalar of the C type: nothing checks."""
+        if self._early and not _in_order.get():
+            _launch_early(self.kernel.ptr, grid, block, args, shared_mem)
+        else:
+            self._function(grid, block, args, shared_mem=shared_mem)
+
+
+def kernel(spec: Spec, dynamic_shared: int = 0) -> Kernel:
+    """The loaded kernel for the current GPU.
+
+    dynamic_shared: the most bytes of dynamic shared memory it will be launched with.
     """
     return _load(spec, current_device(), dynamic_shared)
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Every kernel launched or captured within starts when the one before has ended: to compare with early launches."""
+    token = _in_order.set(True)
+    try:
+        yield
+    finally:
+        _in_order.reset(token)
 
 
 def compile_all(specs: Iterable[Spec], architecture: int | None = None, threads: int | None = None) -> None:
@@ -134,7 +167,7 @@ def import_cupy() -> Any:
 
 
 @cache
-def _load(spec: Spec, device: int, dynamic_shared: int) -> Any:
+def _load(spec: Spec, device: int, dynamic_shared: int) -> Kernel:
     cupy = import_cupy()
     function = cupy.RawModule(path=str(compiled(spec, architecture_of(device)))).get_function(spec.entry)
     limit = cupy.cuda.runtime.getDeviceProperties(device)["sharedMemPerBlockOptin"]
@@ -143,7 +176,47 @@ def _load(spec: Spec, device: int, dynamic_shared: int) -> Any:
         raise KernelError(f"{spec} needs {shared:,} bytes of shared memory; this GPU gives a block {limit:,}")
     if dynamic_shared > 48 * 1024:
         function.max_dynamic_shared_size_bytes = dynamic_shared
-    return function
+    waits = "wait_for_predecessor();" in _text(spec.source)
+    able = architecture_of(device) >= _EARLY_ARCHITECTURE and cupy.cuda.runtime.driverGetVersion() >= _EARLY_DRIVER
+    return Kernel(function, waits and able)
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h; the value is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)),
+                ("n_attributes", ctypes.c_uint))  # fmt: skip
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = _LaunchAttribute(6, 0, 1)
+
+
+def _launch_early(function: int, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...],
+                  shared: int) -> None:  # fmt: skip
+    values = b"".join(argument.tobytes().ljust(8, b"\0") for argument in args)
+    at = ctypes.cast(values, ctypes.c_void_p).value or 0
+    addresses = (ctypes.c_void_p * len(args))(*range(at, at + len(values), 8))
+    config = _LaunchConfig((*grid, 1, 1)[:3], (*block, 1, 1)[:3], shared,
+                           import_cupy().cuda.get_current_stream().ptr,
+                           ctypes.pointer(_PROGRAMMATIC_STREAM_SERIALIZATION), 1)  # fmt: skip
+    driver = _driver()
+    status = driver.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), addresses, None)
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        raise KernelError(f"a kernel could not be launched: {(text.value or b'unknown error').decode()} ({status})")
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @cache

@@ -69,6 +69,23 @@ INLINE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory");
 /* Wait until at most `pending` of this thread's latest groups are still under way. */
 template <int pending> INLINE void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory"); }
 
+/* --- one kernel after the other -------------------------------------------------------------------------------- */
+/* A kernel that calls wait_for_predecessor() is launched early (build.py): its blocks start as soon as every block of
+ * the kernel before has called start_successor() or ended. Before it has waited, a thread may read only what no kernel
+ * writes (weights), and must write nothing that others see. Every path waits: a kernel that did not would end before
+ * its predecessors, and its successors would take that for their end too. */
+INLINE void wait_for_predecessor() {
+#if ARCH >= 90
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+INLINE void start_successor() {
+#if ARCH >= 90
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /* --- reductions, in a fixed order ------------------------------------------------------------------------------ */
 INLINE float warp_sum(float x) {
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(FULL, x, lane);

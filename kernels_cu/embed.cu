@@ -5,6 +5,8 @@
 #define BAD_INDEX 1
 
 KERNEL __launch_bounds__(256) embed(const i32 *ids, const void *table, i32 V, i32 E, float *out, i32 *fault) {
+    wait_for_predecessor();
+    start_successor();
     const i32 id = ids[blockIdx.x];
     if ((u32)id >= (u32)V) {
         if (threadIdx.x == 0) *fault = BAD_INDEX;

@@ -1,14 +1,16 @@
 /* One row of activations times weights (units * PAIR, K), at the speed at which the weights can be read.
  *
  * A team of TEAM warps owns a contiguous share of the units; lane by lane it holds the activations in registers and
- * streams rows past them, 16 bytes a load, UNITS * PAIR * CHUNKS loads in flight per thread. Each warp leaves its part of
- * a row's sum in shared memory; only at the end does the block meet, and the parts are added in a fixed order. With NORM
- * the activations are multiplied by the norm's weights first; the root mean square is one factor of the final sums. */
+ * streams rows past them, 16 bytes a load, UNITS * PAIR * CHUNKS loads in flight per thread: the first of them before the
+ * kernels that this one follows have ended, since weights depend on none. Each warp leaves its part of a row's sum in
+ * shared memory; only at the end does the block meet, and the parts are added in a fixed order. With NORM the activations
+ * are multiplied by the norm's weights first; the root mean square is one factor of the final sums. */
 #include "common.cuh"
 #include "epilogue.cuh"
 
 #define ROWS (UNITS * PAIR)
 #define TEAMS (WARPS / TEAM)
+#define AHEAD (ROWS * CHUNKS <= 8) /* loads that leave enough registers to have them under way while sums are made */
 
 INLINE i32 share(i32 index, i32 units, i32 parts) { return (i32)((i64)index * units / parts); }
 
@@ -38,6 +40,23 @@ KERNEL __launch_bounds__(WARPS *WARP, BLOCKS)
     const i32 first = share(index, units, all), last = share(index + 1, units, all);
     float *sums = parts + team * ((units + all - 1) / all) * PAIR * TEAM;
 
+    uint4 w[ROWS][CHUNKS];
+    auto load = [&](i32 unit) {
+#pragma unroll
+        for (i32 r = 0; r < ROWS; r++) { /* beyond the share the last unit is read again: a hit in L1 */
+            const u8 *row = epilogue.row(min(unit + r / PAIR, last - 1), r % PAIR, K);
+#pragma unroll
+            for (i32 c = 0; c < CHUNKS; c++) {
+                const i32 k = ((c * TEAM + member) * WARP + lane) * VALUES;
+                w[r][c] = make_uint4(0, 0, 0, 0);
+                if (c < CHUNKS - 1 || k < K) w[r][c] = load_stream(row + k * VALUE_BYTES);
+            }
+        }
+    };
+    start_successor();
+    if (AHEAD && first < last) load(first);
+    wait_for_predecessor();
+
     float xs[CHUNKS][VALUES], square = 0;
 #pragma unroll
     for (i32 c = 0; c < CHUNKS; c++) {
@@ -62,17 +81,7 @@ KERNEL __launch_bounds__(WARPS *WARP, BLOCKS)
     }
 
     for (i32 unit = first; unit < last; unit += UNITS) {
-        uint4 w[ROWS][CHUNKS];
-#pragma unroll
-        for (i32 r = 0; r < ROWS; r++) { /* beyond the share the last unit is read again: a hit in L1 */
-            const u8 *row = epilogue.row(min(unit + r / PAIR, last - 1), r % PAIR, K);
-#pragma unroll
-            for (i32 c = 0; c < CHUNKS; c++) {
-                const i32 k = ((c * TEAM + member) * WARP + lane) * VALUES;
-                w[r][c] = make_uint4(0, 0, 0, 0);
-                if (c < CHUNKS - 1 || k < K) w[r][c] = load_stream(row + k * VALUE_BYTES);
-            }
-        }
+        if (!AHEAD) load(unit);
         float values[ROWS];
 #pragma unroll
         for (i32 r = 0; r < ROWS; r++) {
@@ -85,6 +94,7 @@ KERNEL __launch_bounds__(WARPS *WARP, BLOCKS)
                 for (i32 i = 0; i < VALUES; i++) values[r] = fmaf(f[i], xs[c][i], values[r]);
             }
         }
+        if (AHEAD && unit + UNITS < last) load(unit + UNITS);
         const float sum = transposed_sum(values, lane);
         const i32 r = lane / (WARP / ROWS);
         if (lane % (WARP / ROWS) == 0 && unit + r / PAIR < last) sums[((unit - first) * PAIR + r) * TEAM + member] = sum;

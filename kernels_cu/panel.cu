@@ -29,6 +29,8 @@ KERNEL __launch_bounds__(WARPS *WARP) panel(const u16 *x, i32 T, i32 K, EPILOGUE
             rows[tile][half] = epilogue.row(min(unit, units - 1), half % PAIR, K);
         }
 
+    wait_for_predecessor();
+    start_successor();
     float c[TILES][COLUMN_TILES][4] = {};
 #pragma unroll 2
     for (i32 start = warp * STEP; start < K; start += WARPS * STEP) {
