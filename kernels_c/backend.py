@@ -16,6 +16,8 @@ from kernels_c.isa import choose_isa, lib, operation
 from kernels_c.machine import available_bytes
 from kernels_c.threads import default_threads
 
+Draws = Any  # runtime.backend.Draws
+
 _OPERATIONS = ("embed", "qkv", "prefill_attention", "linear_add", "gate_up", "logits", "sample")
 
 
@@ -28,6 +30,7 @@ class CpuBackend(CacheOps):
 
     name = "cpu"
     prefill_tile = 512
+    asynchronous = False
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         if threads is not None and threads < 1:
@@ -70,6 +73,13 @@ class CpuBackend(CacheOps):
     def download(self, array: Buffer) -> npt.NDArray[Any]:
         """A copy, as on every backend: later steps overwrite the buffer."""
         return np.array(array, subok=False)
+
+    def visible(self, n: int) -> tuple[Buffer, npt.NDArray[np.int32]]:
+        ids = allocate((n,), np.int32)
+        return ids, ids
+
+    def launched(self) -> Callable[[], None]:
+        return lambda: None
 
     def arena(self, nbytes: int) -> Buffer:
         """MemoryError, here rather than at the first touch, if the machine or the container has less to give."""
@@ -190,20 +200,24 @@ class CpuBackend(CacheOps):
         check(status, "logits")
 
     # end of the step -------------------------------------------------------------------------------------------
-    def sample(self, logits: Buffer, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
-               seen: Buffer, n_seen: int, uniform: float) -> int:  # fmt: skip
+    def sample(self, logits: Buffer, draws: Draws, state: Buffer) -> None:
         """Filters as in Hugging Face; top_k 0, top_p 1, min_p 0 and penalty 1 are off. NaN logits are never drawn."""
-        if temperature < 0 or top_k < 0 or penalty <= 0 or not 0 <= n_seen <= len(seen):
+        temperature, top_k, top_p, min_p, penalty = map(float, draws.options)
+        V, N, M, drawn = logits.shape[1], len(draws.uniforms), len(draws.seen), int(state[3])
+        if temperature < 0 or top_k < 0 or penalty <= 0 or not 0 <= drawn < N <= M:
             raise KernelError(
-                f"sample: needs temperature >= 0, top_k >= 0, penalty > 0 and n_seen <= {len(seen)}, but got "
-                f"{temperature}, {top_k}, {penalty} and {n_seen}"
+                f"sample: needs temperature >= 0, top_k >= 0, penalty > 0 and less than {N} ids drawn, but got "
+                f"{temperature}, {top_k}, {penalty} and {drawn}"
             )
-        V = logits.shape[1]
-        values, ids = pointer("logits", logits, (1, V), F32), pointer("seen", seen, (len(seen),), I32)
-        chosen = self._sample(values, V, temperature, top_k, top_p, min_p, penalty, ids, n_seen, uniform)
+        at = M - N + drawn  # in seen
+        row, seen = pointer("logits", logits, (1, V), F32), pointer("seen", draws.seen, (M,), I32)
+        chosen = self._sample(row, V, temperature, int(min(top_k, V)), top_p, min_p, penalty, seen,
+                              at if penalty != 1 else 0, float(draws.uniforms[drawn]))  # fmt: skip
         if chosen < 0:
             check(chosen, "sample")
-        return int(chosen)
+        draws.seen[at] = draws.ids[drawn] = chosen
+        state[3] += 1
+        self.advance(state, int(chosen))
 
     def advance(self, state: Buffer, token: int) -> None:
         """state: position, slot, token (runtime.backend.STATE_*)."""

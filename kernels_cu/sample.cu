@@ -1,4 +1,5 @@
-/* One id from a row of logits: repetition penalty, temperature, top-k, min-p, top-p, draw; as kernels_c's sample.
+/* One id from a row of logits: repetition penalty, temperature, top-k, min-p, top-p, draw; as kernels_c's sample. The
+ * options, the uniform number and where the id goes are in device memory, so that a captured step can end with it.
  *
  * One block. Every candidate gets a rank key: (top - logit) / temperature in units of 2^-25, smallest best, equal keys by
  * id. Probabilities relative to the best are whole numbers of 2^-40, so that sums are exact in any order and the draw does
@@ -15,8 +16,10 @@
 #define KEY_DIGITS 4
 #define LARGEST 3.402823466e38f
 
-#define BAD_INDEX -1
-#define NOT_FINITE -2
+/* What is written to *fault; the id is 0 then. */
+#define BAD_SEEN 2
+#define NOT_FINITE 3
+#define BAD_DRAW 4
 
 enum Weight { ONE, MASS };
 
@@ -140,15 +143,19 @@ INLINE u64 mass_through(const u32 *keys, i32 V, Found last, u64 *shared) {
 
 INLINE bool ahead(float a, i32 a_id, float b, i32 b_id) { return a > b || (a == b && a_id < b_id); }
 
-/* The largest value and its lowest id, in every thread. */
+INLINE float without_nan(float logit) { return logit == logit ? fminf(logit, LARGEST) : -INFINITE; }
+
+/* The largest value (NaN is none) and its lowest id, in every thread. */
 INLINE float block_best(const float *values, i32 V, i32 *id) {
     __shared__ float best_value[WARP];
     __shared__ i32 best_id[WARP];
     float best = -INFINITE;
     i32 at = V;
 #pragma unroll 8
-    for (i32 i = threadIdx.x; i < V; i += THREADS)
-        if (ahead(values[i], i, best, at)) best = values[i], at = i;
+    for (i32 i = threadIdx.x; i < V; i += THREADS) {
+        const float value = without_nan(values[i]);
+        if (ahead(value, i, best, at)) best = value, at = i;
+    }
     for (i32 round = 0; round < 2; round++) {
         for (i32 lane = WARP / 2; lane; lane /= 2) {
             const float other = __shfl_xor_sync(FULL, best, lane);
@@ -164,32 +171,36 @@ INLINE float block_best(const float *values, i32 V, i32 *id) {
     return best;
 }
 
-/* values: scratch (V,), which becomes the keys; left: scratch (V,); chosen: the id, or a negative status. */
-KERNEL __launch_bounds__(THREADS, 1)
-    sample(const float *logits, i32 V, float temperature, i32 top_k, float top_p, float min_p, float penalty,
-           const i32 *seen, i32 n_seen, double uniform, float *values, i32 *left, i32 *chosen) {
+/* The id, in thread 0; on a fault 0. values: scratch (V,), which becomes the keys; left: scratch (V,). */
+__device__ i32 draw(const float *logits, i32 V, float temperature, i32 top_k, float top_p, float min_p, float penalty,
+                    const i32 *seen, i32 n_seen, double uniform, float *values, i32 *left, i32 *fault) {
     __shared__ Histogram histogram;
     __shared__ u64 exact;
-#pragma unroll 8
-    for (i32 i = threadIdx.x; i < V; i += THREADS) values[i] = logits[i] == logits[i] ? fminf(logits[i], LARGEST) : -INFINITE;
-    __syncthreads();
+    const bool plain = penalty == 1;
     bool bad = false;
-    for (i32 i = threadIdx.x; i < n_seen; i += THREADS) { /* an id seen twice is written twice, with the same value */
-        const i32 id = seen[i];
-        if ((u32)id >= (u32)V) {
-            bad = true;
-            continue;
+    if (!plain || temperature > 0) {
+#pragma unroll 8
+        for (i32 i = threadIdx.x; i < V; i += THREADS) values[i] = without_nan(logits[i]);
+        __syncthreads();
+        for (i32 i = threadIdx.x; !plain && i < n_seen; i += THREADS) { /* seen twice: written twice, the same value */
+            const i32 id = seen[i];
+            if ((u32)id >= (u32)V) {
+                bad = true;
+                continue;
+            }
+            const float x = without_nan(logits[id]);
+            values[id] = x > 0 ? x / penalty : x * penalty;
         }
-        const float x = logits[id] == logits[id] ? fminf(logits[id], LARGEST) : -INFINITE;
-        values[id] = x > 0 ? x / penalty : x * penalty;
+        bad = __syncthreads_or(bad);
+        logits = values;
     }
-    bad = __syncthreads_or(bad);
     i32 id;
-    const float top = block_best(values, V, &id);
-    if (bad || top == -INFINITE || temperature == 0) {
-        if (threadIdx.x == 0) *chosen = bad ? BAD_INDEX : top == -INFINITE ? NOT_FINITE : id;
-        return;
+    const float top = block_best(logits, V, &id);
+    if (bad || top == -INFINITE) {
+        if (threadIdx.x == 0) *fault = bad ? BAD_SEEN : NOT_FINITE;
+        return 0;
     }
+    if (temperature == 0) return id;
     const float lowest = min_p > 0 ? logf(min_p) : -INFINITE;
     u32 *keys = (u32 *)values;
     u64 mass = 0, candidates = 0;
@@ -213,6 +224,26 @@ KERNEL __launch_bounds__(THREADS, 1)
         mass = find(keys, V, MASS, min(enough ? enough - 1 : 0, mass - 1), true, histogram, left).through;
     }
     const u64 goal = min((u64)(uniform * (double)mass), mass - 1);
-    const Found drawn = find(keys, V, MASS, goal, by_key, histogram, left);
-    if (threadIdx.x == 0) *chosen = drawn.id;
+    return find(keys, V, MASS, goal, by_key, histogram, left).id;
+}
+
+/* options: temperature, top_k, top_p, min_p, penalty; uniforms (N,); seen (M,): M - N ids, then the draws; state:
+ * position, slot, token, drawn; ids (N,): the draws, in the host's memory. */
+KERNEL __launch_bounds__(THREADS, 1)
+    sample(const float *logits, i32 V, const double *options, const double *uniforms, i32 N, i32 *seen, i32 M,
+           i32 *state, float *values, i32 *left, i32 *ids, i32 *fault) {
+    wait_for_predecessor();
+    start_successor();
+    const float temperature = options[0], top_p = options[2], min_p = options[3], penalty = options[4];
+    const double top_k = options[1];
+    const i32 drawn = state[3];
+    const bool valid = temperature >= 0 && top_k >= 0 && penalty > 0 && (u32)drawn < (u32)N;
+    i32 id = 0;
+    if (valid)
+        id = draw(logits, V, temperature, (i32)fmin(top_k, (double)V), top_p, min_p, penalty, seen, M - N + drawn,
+                  uniforms[drawn], values, left, fault);
+    if (threadIdx.x) return;
+    if (valid) seen[M - N + drawn] = ids[drawn] = id;
+    else *fault = BAD_DRAW;
+    state[0]++, state[1]++, state[2] = id, state[3]++;
 }

@@ -66,7 +66,23 @@ class Tail:
 STATE_POSITION = 0  # position of the token being decoded
 STATE_SLOT = 1  # tail slot that this token's K and V go to; slots 0..slot are visible after the write
 STATE_TOKEN = 2  # id of the token being decoded
+STATE_DRAWN = 3  # ids drawn so far
 STATE_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What drawing the ids of one sequence reads and writes, N of them at most; all keep their addresses.
+
+    options: float64 (5,): temperature, top_k, top_p, min_p, repetition penalty, as in runtime.sampler.SamplingParams.
+    uniforms: float64 (N,) in [0, 1): element i makes draw i. seen: int32 (M,), what the penalty is for: M - N ids of
+    the prompt, then every draw. ids: int32 (N,), the draws where the host can read them (Backend.visible).
+    """
+
+    options: Array
+    uniforms: Array
+    seen: Array
+    ids: Array
 
 
 class Backend(Protocol):
@@ -74,6 +90,7 @@ class Backend(Protocol):
 
     name: str
     prefill_tile: int  # tokens of one prefill step: large enough to keep the device busy
+    asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
@@ -93,6 +110,12 @@ class Backend(Protocol):
     def upload(self, data: npt.NDArray[Any]) -> Array: ...
 
     def download(self, array: Array) -> npt.NDArray[Any]: ...
+
+    def visible(self, n: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        """int32 (n,), and the host's view of the same memory, valid for what has been waited for (`launched`)."""
+
+    def launched(self) -> Callable[[], None]:
+        """A function that waits until all work launched so far is done, and no longer; raises what went wrong in it."""
 
     def arena(self, nbytes: int) -> Array:
         """One allocation of uint8, 64-byte aligned; raises OutOfMemory with needed and free bytes."""
@@ -158,15 +181,14 @@ class Backend(Protocol):
         """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D)."""
 
     # end of the step -------------------------------------------------------------------------------------------
-    def sample(self, logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
-               seen: Array, n_seen: int, uniform: float) -> int:
-        """One id from logits (1, V): repetition penalty over seen[:n_seen], temperature, top-k, min-p, top-p.
+    def sample(self, logits: Array, draws: Draws, state: Array) -> None:
+        """Draw id number state[STATE_DRAWN] from logits (1, V), which stay as they are, and advance the state with it.
 
-        temperature 0 is greedy (lowest id among equals). uniform in [0, 1) makes the draw; logits are not changed.
+        Repetition penalty over the ids seen, temperature (0: greedy, the lowest id among equals), top-k, min-p, top-p.
         """
 
     def advance(self, state: Array, token: int) -> None:
-        """Next step: position and slot grow by one, token is the id to decode."""
+        """Next step, of an id that was not drawn: position and slot grow by one, token is the id to decode."""
 
 
 def load_backend(name: str = "auto", threads: int | None = None, graph: bool = True) -> Backend:

@@ -86,13 +86,12 @@ class Cache:
                       for marks in (self._packing, self._waiting))
         return pack, self._making, min(wait, self._making)
 
-    def start(self, token: int) -> None:
-        """Set the state to the first generated token, right after the prompt."""
+    def start(self) -> None:
+        """Set the state to the prompt's end: drawing the first id, or advancing with it, makes it the one to decode."""
         layout = self.layout
         state = np.zeros(STATE_SIZE, np.int32)
-        state[STATE_POSITION] = layout.prompt_tokens
-        state[STATE_SLOT] = layout.prompt_tokens - layout.n_chunks * layout.chunk
-        state[STATE_TOKEN] = token
+        state[STATE_POSITION] = layout.prompt_tokens - 1
+        state[STATE_SLOT] = layout.prompt_tokens - layout.n_chunks * layout.chunk - 1
         self.state[:] = self._backend.upload(state)
 
     def _made(self) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from runtime.backend import Array, Draws
 from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
 from runtime.model import Model, StepBuffers, decode_step, prefill
@@ -30,7 +32,8 @@ class PendingPlan:
 
 @dataclass
 class Timing:
-    """Seconds. prefill covers the forward pass and packing; pack is its share; decode the steps after the first id.
+    """Seconds. prefill covers the forward pass and packing; pack is its share; decode is what was waited for ids after
+    the first.
 
     plan: making pending plans; wait: of that, what came on top of prefill because the device had run out of work.
     """
@@ -40,11 +43,11 @@ class Timing:
     plan: float = 0.0
     wait: float = 0.0
     decode: float = 0.0
-    steps: int = 0  # decode steps taken
+    steps: int = 0  # ids after the first
 
     @property
     def per_token(self) -> float:
-        """TPOT: seconds per decode step; 0 where none was taken."""
+        """TPOT: seconds per id after the first; 0 where there was none."""
         return self.decode / self.steps if self.steps else 0.0
 
 
@@ -60,36 +63,55 @@ class Reading:
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
-        self._buffers = StepBuffers.allocate(self.model.config, self.model.backend, 1)
-        self._logits = self.model.backend.empty(self.first_logits.shape, np.float32)
-        self._steps = [self.model.backend.captured(
-            partial(decode_step, self.model, cache, self.rope, self._buffers, self._logits)) for cache in self.caches]
+        backend = self.model.backend
+        self._buffers = StepBuffers.allocate(self.model.config, backend, 1)
+        self._logits = backend.empty(self.first_logits.shape, np.float32)
+        self._samplers = [Sampler(backend, self.prompt, cache.layout.max_new) for cache in self.caches]
+        self._steps = [backend.captured(partial(decode_step, self.model, cache, self.rope, self._buffers, self._logits))
+                       for cache in self.caches]
+        self._draws = [
+            backend.captured(partial(_draw, self.model, cache, self.rope, self._buffers, self._logits, sampler.draws))
+            for cache, sampler in zip(self.caches, self._samplers, strict=True)]
 
     def generate(self, params: SamplingParams, max_new: int, stop_ids: Collection[int],
                  cache: int = 0) -> Iterator[int]:
         """Yields up to max_new ids; the first comes from the exact prefill. Ends after yielding an id of stop_ids.
 
-        An id is drawn only when it is asked for, so a caller that stops early pays for no step too many.
+        On an asynchronous backend the next id is being drawn while the caller has the one before, so that the device
+        never waits for the host; an answer that ends early has then taken one step too many, which nothing shows.
+        Elsewhere an id is drawn only when it is asked for. Once the iterator has ended or is closed, nothing is under
+        way any more.
         """
-        target, backend = self.caches[cache], self.model.backend
+        target, sampler, backend = self.caches[cache], self._samplers[cache], self.model.backend
         if max_new > target.layout.max_new:
             raise PromptError(f"{max_new} new tokens were asked for; the cache was sized for {target.layout.max_new}")
-        sampler = Sampler(backend, params, self.prompt, max_new)
+        if not max_new:
+            return
+        target.start()
+        sampler.start(params)
         self._logits[:] = backend.upload(self.first_logits)
-        for count in range(max_new):
-            if count:
+        backend.sample(self._logits, sampler.draws, target.state)
+        waits = deque([backend.launched()])  # for the draws under way, in their order
+        launched = 1
+        try:
+            for count in range(max_new):
                 begin = time.perf_counter()
-                self._steps[cache]()
-                token = sampler.draw(self._logits)
-                backend.advance(target.state, token)
-                self.timing.decode += time.perf_counter() - begin
-                self.timing.steps += 1
-            else:
-                token = sampler.draw(self._logits)
-                target.start(token)
-            yield token
-            if token in stop_ids:
-                return
+                ahead = count > 0 and backend.asynchronous  # the first id does not wait for a capture
+                while launched < min(count + 1 + ahead, max_new):
+                    self._draws[cache]()
+                    waits.append(backend.launched())
+                    launched += 1
+                waits.popleft()()
+                token = int(sampler.ids[count])
+                if count:
+                    self.timing.decode += time.perf_counter() - begin
+                    self.timing.steps += 1
+                yield token
+                if token in stop_ids:
+                    return
+        finally:
+            for wait in waits:
+                wait()
 
     def force(self, answer: Sequence[int], cache: int = 0) -> npt.NDArray[np.float32]:
         """Teacher forcing: (len(answer), V) float32; row i predicts answer[i] given the answer before it.
@@ -101,11 +123,11 @@ class Reading:
             raise PromptError(f"the answer to force has {len(answer)} ids; expected 1 to {target.layout.max_new + 1}")
         rows = np.empty((len(answer), self.first_logits.shape[1]), np.float32)
         rows[0] = self.first_logits[0]
-        target.start(answer[0])
-        for i in range(1, len(answer)):
+        target.start()
+        for i, token in enumerate(answer[:-1], 1):
+            backend.advance(target.state, token)
             self._steps[cache]()
             rows[i] = backend.download(self._logits)[0]
-            backend.advance(target.state, answer[i])
         return rows
 
 
@@ -141,3 +163,10 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan | PendingPlan
     pack, plan_, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
     timing = Timing(prefill=seconds - wait, pack=pack, plan=plan_, wait=wait)
     return Reading(model, tuple(prompt), caches, rope, first, timing)
+
+
+def _draw(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array,
+          draws: Draws) -> None:
+    """Decode the token that cache.state names, and draw the next."""
+    decode_step(model, cache, rope, buffers, logits)
+    model.backend.sample(logits, draws, cache.state)

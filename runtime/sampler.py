@@ -1,4 +1,4 @@
-"""How the next id is drawn: parameters, a seeded stream of uniform numbers, and the ids seen so far."""
+"""How ids are drawn: parameters, a seeded stream of uniform numbers, and the ids seen so far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import isfinite
 
 import numpy as np
 
-from runtime.backend import Array, Backend
+from runtime.backend import Backend, Draws
 from runtime.errors import PromptError
 
 
@@ -42,25 +42,21 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws ids for one sequence. The prompt's ids count as seen."""
+    """Draws up to max_new ids for one sequence, again and again. The prompt's ids count as seen.
 
-    def __init__(self, backend: Backend, params: SamplingParams, prompt: Sequence[int], max_new: int):
-        self._backend, self._params = backend, params
-        self._random = np.random.default_rng(params.seed)
-        # Only the penalty reads what was seen; without it nothing is kept.
-        self._keeps_seen = params.repetition_penalty != 1.0
-        seen = np.zeros(len(prompt) + max_new if self._keeps_seen else 1, np.int32)
-        self._n_seen = len(prompt) if self._keeps_seen else 0
-        seen[: self._n_seen] = prompt[: self._n_seen]
-        self._seen = backend.upload(seen)
+    draws: what Backend.sample takes; ids: (max_new,) int32, the host's view of what was drawn.
+    """
 
-    def draw(self, logits: Array) -> int:
-        """The next id from logits (1, V)."""
-        p = self._params
-        uniform = float(self._random.random()) if p.temperature > 0 else 0.0
-        token = self._backend.sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty,
-                                     self._seen, self._n_seen, uniform)
-        if self._keeps_seen and self._n_seen < self._seen.shape[0]:
-            self._seen[self._n_seen : self._n_seen + 1] = self._backend.upload(np.array([token], np.int32))
-            self._n_seen += 1
-        return token
+    def __init__(self, backend: Backend, prompt: Sequence[int], max_new: int):
+        self._backend, self._max_new = backend, max_new
+        visible, self.ids = backend.visible(max_new)
+        seen = np.array([*prompt, *[0] * max_new], np.int32)
+        self.draws = Draws(backend.empty((5,), np.float64), backend.empty((max_new,), np.float64),
+                           backend.upload(seen), visible)
+
+    def start(self, params: SamplingParams) -> None:
+        """Begin an answer: the same seed draws the same ids."""
+        options = params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty
+        uniforms = np.random.default_rng(params.seed).random(self._max_new)
+        self.draws.options[:] = self._backend.upload(np.array(options, np.float64))
+        self.draws.uniforms[:] = self._backend.upload(uniforms)

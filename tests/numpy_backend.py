@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.backend import STATE_POSITION, STATE_SLOT, STATE_TOKEN
+from runtime.backend import STATE_DRAWN, STATE_POSITION, STATE_SLOT, STATE_TOKEN
 from runtime.formats import round_trip
 
 
@@ -19,6 +19,7 @@ from runtime.formats import round_trip
 class NumpyBackend:
     name: str = "numpy"
     prefill_tile: int = 512
+    asynchronous: bool = False
     chunks: dict = field(default_factory=dict)  # span.positions (arena offset) -> decoded K and V (n, G, C, D)
 
     def kernels(self):
@@ -42,6 +43,13 @@ class NumpyBackend:
 
     def download(self, array):
         return array.copy()
+
+    def visible(self, n):
+        ids = np.full(n, 77, np.int32)
+        return ids, ids
+
+    def launched(self):
+        return lambda: None
 
     def arena(self, nbytes):
         return np.full(nbytes, 0xA5, np.uint8)
@@ -127,9 +135,12 @@ class NumpyBackend:
             scores = k[head // group, keep] @ q[0, head].astype(np.float64) * dim**-0.5
             out[0, head * dim : (head + 1) * dim] = _softmax(scores) @ v[head // group, keep]
 
-    def sample(self, logits, temperature, top_k, top_p, min_p, penalty, seen, n_seen, uniform):
+    def sample(self, logits, draws, state):
+        temperature, *_, penalty = draws.options
         assert temperature == 0 and penalty == 1, "the oracle is greedy"
-        return int(np.argmax(logits[0]))
+        draws.ids[state[STATE_DRAWN]] = np.argmax(logits[0])
+        self.advance(state, draws.ids[state[STATE_DRAWN]])
+        state[STATE_DRAWN] += 1
 
     def advance(self, state, token):
         state[STATE_POSITION] += 1

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from dense_ref import hostile, norm64, stored
+from dense_ref import drawn, hostile, norm64, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from kernels_cu.errors import DeviceMemoryError, KernelError, NoDevice  # noqa: 
 
 try:
     from kernels_cu.backend import CudaBackend
+    from kernels_cu.build import in_order
 
     BACKEND = CudaBackend()
 except NoDevice as error:
@@ -236,7 +237,7 @@ def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, l
         x = np.round(x * levels / 10).astype(np.float32)
     x[0, rng.integers(0, V)] = [np.nan, -np.inf, np.inf][seed % 3] if V > 1 else 0.5
     seen = rng.integers(0, V, 40).astype(np.int32)
-    got = BACKEND.sample(up(x), temperature, top_k, top_p, min_p, penalty, up(seen), n_seen, uniform)
+    got = drawn(BACKEND, x, (temperature, top_k, top_p, min_p, penalty), seen[:n_seen], uniform)
     values = np.where(np.isnan(x[0]), -np.inf, np.minimum(x[0], np.finfo(np.float32).max)).astype(np.float32)
     ids = np.unique(seen[:n_seen])
     values[ids] = np.where(values[ids] > 0, values[ids] / np.float32(penalty), values[ids] * np.float32(penalty))
@@ -274,21 +275,28 @@ def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, l
 def test_sampling_follows_the_distribution():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 50)).astype(np.float32)
-    seen, n = up(np.zeros(1, np.int32)), 4000
+    none, n = np.zeros(0, np.int32), 4000
     for top_k in (0, 20):
-        drawn = [BACKEND.sample(up(x), 1.0, top_k, 1.0, 0.0, 1.0, seen, 0, (i + 0.5) / n) for i in range(n)]
+        ids = [drawn(BACKEND, x, (1.0, top_k, 1.0, 0.0, 1.0), none, (i + 0.5) / n) for i in range(n)]
         p = np.exp(x[0].astype(np.float64))
         if top_k:
             p[np.argsort(-p)[top_k:]] = 0
-        counts = np.bincount(drawn, minlength=50)
+        counts = np.bincount(ids, minlength=50)
         assert (np.abs(counts - n * p / p.sum()) <= 1.01).all()  # uniform was spaced evenly
 
 
-def test_all_logits_damaged_is_an_error():
-    seen = up(np.zeros(1, np.int32))
+def test_what_sampling_finds_wrong_is_an_error():
+    none, plain = np.zeros(0, np.int32), (1.0, 0, 1.0, 0.0, 1.0)
     for bad in (np.nan, -np.inf):
         with pytest.raises(KernelError, match="damaged"):
-            BACKEND.sample(up(np.full((1, 100), bad, np.float32)), 1.0, 0, 1.0, 0.0, 1.0, seen, 0, 0.5)
+            drawn(BACKEND, np.full((1, 100), bad, np.float32), plain, none, 0.5)
+    zeros = np.zeros((1, 4), np.float32)
+    with pytest.raises(KernelError, match="those seen lies outside"):
+        drawn(BACKEND, zeros, (1.0, 0, 1.0, 0.0, 1.1), np.array([4], np.int32), 0.5)
+    for options in ((-1.0, 0, 1.0, 0.0, 1.0), (1.0, -1, 1.0, 0.0, 1.0), (1.0, 0, 1.0, 0.0, 0.0)):
+        with pytest.raises(KernelError, match="sample: needs"):
+            drawn(BACKEND, zeros, options, none, 0.5)
+    assert drawn(BACKEND, zeros, plain, none, 0.4) == 1  # and nothing of it remains
 
 
 def test_every_half_survives_embedding():
@@ -332,6 +340,33 @@ def test_a_captured_step_follows_device_memory():
         captured()
         np.testing.assert_allclose(BACKEND.download(x)[0], w[token] + m @ w[token], rtol=1e-5, atol=1e-5)
     assert BACKEND.download(state).tolist() == [4, 4, 9, 0]
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_starting_early_changes_nothing(T):
+    """A chain of products that each need the one before, large enough that kernels do overlap."""
+    rng, E, I = np.random.default_rng(T), 1024, 2816  # noqa: E741
+    table, norm = weights(rng, (T, E), "F16")[0], up(np.ones(E, np.float32))
+    layers = [[weights(rng, shape, "F16", E**-0.5)[0] for shape in ((I, E), (I, E), (E, I))] for _ in range(12)]
+    head, ids = weights(rng, (E, E), "F16")[0], up(np.arange(T, dtype=np.int32))
+    x, hidden, out = (BACKEND.empty((T, n), np.float32) for n in (E, I, E))
+
+    def step():
+        BACKEND.embed(ids, table, x)
+        for gate, up_matrix, down in layers:
+            BACKEND.gate_up(x, norm, 1e-5, gate, up_matrix, None, None, hidden)
+            BACKEND.linear_add(hidden, down, None, x)
+        BACKEND.logits(x, norm, 1e-5, head, out)
+
+    def run(captured):
+        out[:] = np.nan
+        captured()
+        return BACKEND.download(out).tobytes()
+
+    with in_order():
+        expected = run(step)
+    captured = BACKEND.captured(step)
+    assert {run(captured) for _ in range(20)} == {expected}
 
 
 def test_an_index_outside_its_table_is_reported():

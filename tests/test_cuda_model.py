@@ -3,11 +3,13 @@
 import numpy as np
 import numpy_backend
 import pytest
+from dense_ref import drawn
 from numpy_backend import NumpyBackend
 
 pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'", exc_type=ImportError)
 
 from kernels_cu.backend import CudaBackend
+from kernels_cu.build import in_order
 from kernels_cu.errors import NoDevice
 
 try:
@@ -19,6 +21,7 @@ from runtime.config import ModelConfig
 from runtime.engine import read
 from runtime.model import Model, StepBuffers, decode_step
 from runtime.plan import FP16, DocumentShape, Plan, Tier
+from runtime.sampler import SamplingParams
 from runtime.weights import LayerWeights, Weights
 
 PROMPT, ANSWER, CHUNK, PREFIX = 333, 9, 32, 7
@@ -101,20 +104,46 @@ def test_logits_equal_the_oracle(name, tiers, monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_captured_step_equals_the_step(name):
+    """Also where kernels start while those before them still run."""
     config = config_of(name)
     ids, plan = ids_of(config), plan_of(config, TIERS["mixed"])
     model = model_of(config, CUDA)
     reading = read(model, ids[:PROMPT], [plan])
-    expected = reading.force(ids[PROMPT:])
+    with in_order():
+        expected = reading.force(ids[PROMPT:])
     cache, buffers = reading.caches[0], StepBuffers.allocate(config, CUDA, 1)
     logits = CUDA.empty((1, config.vocab_size), np.float32)
     step = CUDA.captured(lambda: decode_step(model, cache, reading.rope, buffers, logits))
     for _ in range(2):  # the graph outlives one answer
-        cache.start(ids[PROMPT])
-        for i, token in enumerate(ids[PROMPT + 1 :], 1):
+        cache.start()
+        for i, token in enumerate(ids[PROMPT:-1], 1):
+            CUDA.advance(cache.state, token)
             step()
             assert np.array_equal(CUDA.download(logits)[0], expected[i])
-            CUDA.advance(cache.state, token)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.5, top_k=40, repetition_penalty=1.3,
+                                                                     seed=5)])
+def test_answers_are_those_of_single_steps(params):
+    """generate(), which launches a step ahead, draws what the same logits give one at a time; so do later answers from
+    the same cache, after one that was left early."""
+    config = config_of("llama")
+    ids, plan = ids_of(config), plan_of(config, TIERS["mixed"])
+    reading = read(model_of(config, CUDA), ids[:PROMPT], [plan, plan])
+    answer = list(reading.generate(params, ANSWER, ()))
+    assert len(answer) == ANSWER and len(set(answer)) > 1
+    logits, uniforms = reading.force(answer), np.random.default_rng(params.seed).random(ANSWER)
+    options = params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty
+    for i, row in enumerate(logits):
+        seen = np.array(ids[:PROMPT] + answer[:i], np.int32)
+        assert drawn(CUDA, row[None], options, seen, uniforms[i]) == answer[i]
+    early = reading.generate(params, ANSWER, ())
+    assert [next(early) for _ in range(4)] == answer[:4]
+    early.close()
+    assert list(reading.generate(params, ANSWER, answer[5:6])) == answer[: answer.index(answer[5]) + 1]
+    turns = [reading.generate(params, ANSWER, (), cache) for cache in (0, 1)]
+    assert list(zip(*turns, strict=True)) == [(i, i) for i in answer]
+    assert np.array_equal(reading.force(answer), logits)
 
 
 def rms(x):

@@ -6,7 +6,7 @@ import torch
 from numpy_backend import NumpyBackend
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from runtime.backend import load_backend
+from runtime.backend import STATE_DRAWN, load_backend
 from runtime.checkpoint import Checkpoint
 from runtime.engine import read
 from runtime.model import Model
@@ -149,3 +149,26 @@ def test_greedy_text_repeats_on_the_same_cache(case, backend):
     first = list(reading.generate(SamplingParams(), ANSWER, ()))
     assert len(first) == ANSWER
     assert list(reading.generate(SamplingParams(), ANSWER, ())) == first
+
+
+def test_running_ahead_shows_nothing(case):
+    """An asynchronous backend has the next id drawn while the caller has the one before, one at most, and never more
+    than were asked for; answers are the same, also after one that was left early."""
+    steps = []
+
+    class Ahead(NumpyBackend):
+        def sample(self, logits, draws, state):
+            super().sample(logits, draws, state)
+            steps.append(int(state[STATE_DRAWN]))
+
+    config = load(case[1], NumpyBackend()).config
+    ids, plan = ids_for(config)[:PROMPT], all_fp16(config)
+    expected = list(read(load(case[1], NumpyBackend()), ids, [plan]).generate(SamplingParams(), ANSWER, ()))
+    reading = read(load(case[1], Ahead(asynchronous=True)), ids, [plan])
+    for stops in ([expected[3]], []):
+        steps.clear()
+        seen = []
+        for token in reading.generate(SamplingParams(), ANSWER, stops):
+            seen.append(token)
+            assert steps[-1] == min(len(seen) + (len(seen) > 1), ANSWER)
+        assert seen == expected[: expected.index(stops[0]) + 1 if stops else ANSWER]

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from dense_ref import drawn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kernels_c import CpuBackend, KernelError, available_isas
+from runtime.backend import Draws
 
 ISAS = available_isas()
 BACKENDS = {isa: CpuBackend(threads=1, isa=isa) for isa in ISAS}
@@ -53,10 +55,7 @@ def cases(draw):
 
 
 def sample(isa, logits, options, seen, uniform=0.0):
-    row = logits[None].copy()
-    chosen = BACKENDS[isa].sample(row, *options, seen, len(seen), uniform)
-    assert np.array_equal(row[0], logits, equal_nan=True), "sampling changed the logits"
-    return chosen
+    return drawn(BACKENDS[isa], logits[None], options, seen, uniform)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -117,6 +116,16 @@ def test_options_out_of_range_are_refused(isa, options):
         sample(isa, np.zeros(4, np.float32), options, np.zeros(0, np.int32))
     with pytest.raises(KernelError, match="outside its table"):
         sample(isa, np.zeros(4, np.float32), (1.0, 0, 1.0, 0.0, 1.1), np.array([4], np.int32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_more_draws_than_uniform_numbers(isa):
+    backend = BACKENDS[isa]
+    ids, _ = backend.visible(2)
+    draws = Draws(backend.upload(np.array([0.0, 0, 1, 0, 1])), backend.upload(np.zeros(2)), ids, ids)
+    logits, state = backend.upload(np.zeros((1, 4), np.float32)), backend.upload(np.array([0, 0, 0, 2], np.int32))
+    with pytest.raises(KernelError, match="less than 2 ids drawn"):
+        backend.sample(logits, draws, state)
 
 
 def test_advance_moves_position_and_slot():
