@@ -8,6 +8,8 @@ a round. Figures are medians over all steps of all rounds, for each thread count
     floor   bytes that a step must read (weights once, cache once) over the read rate; share = floor / time. Where
             other work takes turns at the memory, medians of both can put a share above 1: look at the highest rate too
     ratio   our tokens per second over llama.cpp's
+
+On a GPU: `--backend cuda` for a checkpoint, `--shape llama-2-7b` for random weights of known sizes (bench.shapes).
 """
 
 from __future__ import annotations
@@ -26,7 +28,17 @@ import numpy as np
 
 import cocktail
 from bench.prompts import build_text
-from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, read_buffer, read_rate, verdict
+from bench.report import (
+    DEFAULT_MODEL,
+    describe_run,
+    emit,
+    on_gpu,
+    print_table,
+    progress,
+    read_buffer,
+    read_rate,
+    verdict,
+)
 from runtime.engine import Reading, read
 from runtime.plan import Plan
 from runtime.sampler import SamplingParams
@@ -68,6 +80,8 @@ class Series:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    if on_gpu(arguments, ("TPOT",), "decode"):
+        return
     args = _parser().parse_args(arguments)
     run = describe_run()
     counts = args.threads or sorted({1, os.cpu_count() or 1})
@@ -247,7 +261,7 @@ def _agreement(results: Sequence[tuple[dict[str, Series], list[float]]]) -> dict
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("`")[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own")
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts to measure; default: 1 and all cores")
     parser.add_argument("--depth", type=int, default=4096, help="prompt tokens of the deep figures")
     parser.add_argument("--kv-bits", type=float, default=3.3)

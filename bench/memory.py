@@ -2,6 +2,8 @@
 
 expected = weights + the planned arena + one layer's FP16 K and V + activations. measured = the process's peak resident
 memory less what it held before the weights were touched (interpreter, libraries, tokenizer, text).
+
+On a GPU: `--backend cuda` for a checkpoint, `--shape llama-2-7b` for random weights of known sizes (bench.shapes).
 """
 
 from __future__ import annotations
@@ -10,28 +12,33 @@ import argparse
 import json
 import pydoc_data.topics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cocktail
+from bench.report import on_gpu
 from cocktail.answer import peak_memory
 from runtime.checkpoint import Checkpoint
 from runtime.tokenizer import Tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    if on_gpu(arguments, ("memory",), "memory"):
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--context-tokens", type=int, default=6144)
     parser.add_argument("--kv-bits", type=float, default=3.3)
     parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own")
+    args = parser.parse_args(arguments)
 
     with Checkpoint.open(args.model) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     text = tokenizer.decode(tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values()))[: args.context_tokens])
     before = resident()
 
-    model = cocktail.load(args.model, threads=args.threads)
+    model = cocktail.load(args.model, backend="cpu", threads=args.threads)
     doc = model.read(text)
     answer = doc.ask("What does this document describe?", kv_bits=args.kv_bits, max_tokens=16)
     measured = peak_memory() - before

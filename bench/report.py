@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -80,6 +81,21 @@ def emit(record: dict[str, Any], path: str | None = None) -> None:
     if path:
         Path(path).write_text(line + "\n")
     print(line, flush=True)
+
+
+def on_gpu(arguments: Sequence[str] | None, figures: Sequence[str], command: str) -> bool:
+    """Whether the command line is about the GPU (--shape, or --backend cuda); if so, bench.shapes has measured those
+    figures."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend")
+    parser.add_argument("--shape")
+    known, _ = parser.parse_known_args(arguments)
+    if known.backend != "cuda" and known.shape is None:
+        return False
+    from bench import shapes  # needs CuPy
+
+    shapes.main(arguments, figures, command)
+    return True
 
 
 def _without_nan(value: Any) -> Any:
