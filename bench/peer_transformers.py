@@ -1,8 +1,8 @@
 """transformers as a peer: a model of the same sizes with random FP16 weights, its FP16 cache and its quantized ones.
 
-The quantized caches need optimum-quanto. Of its CUDA extension a cache uses one function, which unpacks codes; that one
-file is compiled here (the whole extension takes minutes). Attention is torch's SDPA, and only the last token's logits
-are computed, as generate does.
+The quantized caches need optimum-quanto. Of its CUDA extension, which takes minutes to compile, a cache uses one
+function, which unpacks codes: torch operations stand in for it, two passes over the values where the extension makes
+one. Attention is torch's SDPA, and only the last token's logits are computed, as generate does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +20,6 @@ from runtime.config import ModelConfig
 
 CACHES = {"FP16": 16, "quanto 4-bit": 4, "quanto 2-bit": 2}
 WARM_TOKENS = 2048
-_BINDING = """
-#include <torch/extension.h>
-#include "unpack.h"
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("unpack", &unpack, "unpack"); }
-"""
 
 
 @dataclass
@@ -89,25 +84,22 @@ class Peer:
         return figures
 
 
-def prepare_quanto(build: Path) -> str | None:
+def prepare_quanto() -> str | None:
     """Make optimum-quanto's caches run on the GPU; None, or why they cannot."""
     try:
         from optimum.quanto.library.extensions import get_extension
-        from torch.utils.cpp_extension import load
     except ImportError as error:
-        return f"not run: {error}"
-    extension = get_extension("quanto_cuda")
-    root = Path(extension.sources[0]).parent
-    build.mkdir(parents=True, exist_ok=True)
-    binding = build / "binding.cpp"
-    binding.write_text(_BINDING)
-    try:
-        extension._lib = load(name="quanto_unpack", sources=[str(root / "unpack.cu"), str(binding)],
-                              extra_include_paths=[str(root)], extra_cuda_cflags=["--expt-extended-lambda"],
-                              build_directory=str(build))
-    except (OSError, RuntimeError) as error:
-        return f"not run: quanto's unpack.cu does not compile: {str(error).splitlines()[0]}"
+        return f"not run ({error})"
+    get_extension("quanto_cuda")._lib = SimpleNamespace(unpack=_unpack)
     return None
+
+
+def _unpack(codes: Any, bits: int) -> Any:
+    """uint8 (N, ...) with 8 / bits codes to a byte -> (8 / bits * N, ...), the lowest bits first."""
+    parts = torch.empty((8 // bits, *codes.shape), dtype=torch.uint8, device=codes.device)
+    for i, part in enumerate(parts):
+        torch.bitwise_right_shift(codes, bits * i, out=part)
+    return parts.bitwise_and_((1 << bits) - 1).flatten(0, 1)
 
 
 def _uninitialized() -> Any:

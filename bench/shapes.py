@@ -140,7 +140,7 @@ def run_scorers(model: Model, args: argparse.Namespace, before: int) -> dict[str
             scorer = make_scorer(name, texts, Path(folder))
             alone = score_seconds(scorer, texts)
             pending = PendingPlan(layout, lambda by=scorer: policy.assign(layout, by.score(texts, QUERY), by.name))
-            found[name] = alone, run_case(model, pending, name, args.rounds + 1, 2, before)
+            found[name] = alone, run_case(model, pending, name, 2, 2, before)
             progress(f"{name}: {1e3 * alone:.1f} ms alone, TTFT {found[name][1].ttft}")
             del scorer, pending
     return found
@@ -151,11 +151,10 @@ def run_peers(config: Any, context_tokens: int) -> Peers:
 
     peer, found = Peer(config), {}
     ids = prompt_of(config, context_tokens + PREFIX + SUFFIX)
-    with tempfile.TemporaryDirectory() as folder:
-        missing = prepare_quanto(Path(folder))
-        for cache, bits in CACHES.items():
-            found[cache] = missing if missing and bits < 16 else peer.measure(ids, cache, PEER_STEPS)
-            progress(f"transformers {cache}: {found[cache]}")
+    missing = prepare_quanto()
+    for cache, bits in CACHES.items():
+        found[cache] = missing if missing and bits < 16 else peer.measure(ids, cache, PEER_STEPS)
+        progress(f"transformers {cache}: {found[cache]}")
     peer.close()
     return found
 

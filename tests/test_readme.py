@@ -79,6 +79,18 @@ def test_the_options_table_is_complete():
     assert documented == existing
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"--[a-z][a-z-]*", README))))
+BENCHES = re.findall(r"^python -m bench\.(\w+)(.*)$", README, re.MULTILINE)
+ELSEWHERE = re.sub(r"^python -m bench\..*$", "", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"--[a-z][a-z-]*", ELSEWHERE)) - {"--peers"}))
 def test_every_option_mentioned_exists(name):
     assert name in {name for action in (*options(), *tune.parser()._actions) for name in action.option_strings}
+
+
+@pytest.mark.parametrize(("module", "line"), BENCHES)
+def test_every_bench_command_exists(module, line):
+    """Those about the GPU hand their options on to bench.shapes."""
+    sources = "".join((ROOT / f"bench/{name}.py").read_text() for name in (module, "shapes"))
+    for option in re.findall(r"--[a-z][a-z-]*", line):
+        assert f'"{option}"' in sources

@@ -5,6 +5,7 @@ import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from cocktail.chunks import cut
 from cocktail.scorers import Scorer, finite_scores, load_scorer
+from cocktail.scorers.encoder import _Library, _Quick
 from cocktail.scorers.hybrid import z_scores
 from runtime.errors import PlanError, ScorerError
 
@@ -137,10 +139,29 @@ def test_encoder_query_longer_than_its_window_keeps_its_end(encoder: Scorer) -> 
     assert encoder.score([question + noise, noise + question], question).argmax() == 0
 
 
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(st.text(max_size=40) | st.sampled_from([*CHUNKS, " a  b\n", "long words " * 300]), min_size=1,
+                      max_size=9), queries=st.booleans(), batch=st.sampled_from([1, 3, 64]))
+def test_tokenizing_directly_changes_no_embedding(encoder: Scorer, texts: list[str], queries: bool, batch: int) -> None:
+    quick = encoder._embed  # type: ignore[attr-defined]
+    assert isinstance(quick, _Quick)
+    found, expected = _Quick(quick._model, batch)(texts, queries), _Library(quick._model, 64)(texts, queries)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_encoder_of_another_kind_goes_through_the_library() -> None:
+    prompted = load_scorer(str(minilm()))._embed._model  # type: ignore[attr-defined]
+    assert _Quick.takes(prompted)
+    prompted.prompts = {"query": "query: ", "document": ""}
+    assert not _Quick.takes(prompted)
+    assert not _Quick.takes(StubModel([1], [[1]]))
+
+
 class StubModel:
     """Embeds text number i as row i; stands for an encoder that breaks."""
 
     tokenizer = None
+    device = SimpleNamespace(type="cpu")
 
     def __init__(self, query: list[float], chunks: list[list[float]]):
         self.query, self.chunks = query, chunks

@@ -17,7 +17,7 @@ from runtime.errors import ScorerError
 class HybridScorer:
     """encoder: a folder or name as for EncoderScorer, which also gets the other options."""
 
-    def __init__(self, encoder: str | None = None, similarity: Any = "cosine", batch_size: int = 64,
+    def __init__(self, encoder: str | None = None, similarity: Any = "cosine", batch_size: int | None = None,
                  device: str | None = None):
         if encoder is None:
             raise ScorerError("scorer hybrid needs an encoder: a folder or a name in the local cache, as hybrid:FOLDER")
