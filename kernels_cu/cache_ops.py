@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from kernels_cu.arrays import F16, F32, I32, U8, Array, address, allocate, wide_address
 from kernels_cu.attention import HEAD_DIMS
-from kernels_cu.build import Spec, import_cupy, kernel
+from kernels_cu.build import Spec, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
 from kernels_cu.layout import BLOCK_TOKENS, WIDTHS, codes_bytes
 from kernels_cu.work import Span, Tail, divide
@@ -104,7 +105,8 @@ class CacheOps:
         group = heads // kv_heads
         spec, shared = attention_spec(head_dim, group, chunk, formats, window is not None)
         work = divide(int(wide_address("arena", arena, arena.shape, U8)), spans, tail, kv_heads, head_dim, chunk,
-                      (OVERSUBSCRIPTION if group == 1 else 1) * _blocks_at_once(spec, shared))  # fmt: skip
+                      (OVERSUBSCRIPTION if group == 1 else 1)
+                      * _blocks_at_once(spec, shared, current_device()))  # fmt: skip
         rows = work.n_results * group
         if self._partial is None or self._partial.size < rows * head_dim:
             self._partial = _allocate((rows * head_dim,), F32)
@@ -151,12 +153,13 @@ def merge_spec(head_dim: int) -> Spec:
     return Spec.of("merge_attention.cu", "merge_attention", D=head_dim, ROTATION=head_dim & -head_dim)
 
 
-def _blocks_at_once(spec: Spec, shared: int) -> int:
-    """How many blocks of a decode attention kernel the current GPU runs at a time."""
+@cache
+def _blocks_at_once(spec: Spec, shared: int, device: int) -> int:
+    """How many blocks of a decode attention kernel the current GPU, `device`, runs at a time."""
     cuda = import_cupy().cuda
     function = kernel(spec, shared).kernel.ptr
     per_processor = cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared)
-    return int(per_processor * cuda.runtime.getDeviceProperties(cuda.runtime.getDevice())["multiProcessorCount"])
+    return int(per_processor * cuda.runtime.getDeviceProperties(device)["multiProcessorCount"])
 
 
 def _slot_bytes(k_bits: int, v_bits: int, chunk: int, head_dim: int) -> int:

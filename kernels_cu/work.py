@@ -8,7 +8,8 @@ neither do results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,27 @@ class Work:
 
 
 def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int) -> Work:
-    """The work of a layer whose arena begins at address `base`, for a GPU that runs `blocks` blocks at once."""
+    """The work of a layer whose arena begins at address `base`, for a GPU that runs `blocks` blocks at once.
+
+    Layers of one shape differ only in where they lie, so they are divided once, as if they began at 0.
+    """
+    start = min([tail.k, *(span.k_codes for span in spans)])
+    placed = tuple(replace(span, **{name: getattr(span, name) - start for name in _PLACES}) for span in spans)
+    tail_placed = replace(tail, k=tail.k - start, v=tail.v - start, positions=0)
+    work = _divide(placed, tail_placed, kv_heads, head_dim, chunk, blocks)
+    segments = work.segments.copy()
+    for name in _PLACES:
+        segments[name] += np.uint64(base + start)
+    segments["positions"][segments["format"] == TAIL] = base + tail.positions  # the one array of all layers
+    return replace(work, segments=segments)
+
+
+_PLACES = ("k_codes", "k_meta", "v_codes", "v_meta", "positions")  # byte offsets of a Span, addresses of a segment
+
+
+@lru_cache(maxsize=64)
+def _divide(spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int) -> Work:
+    """With offsets for addresses; shared by those who ask, so not to be changed."""
     spans = sorted((span for span in spans if span.n), key=lambda span: span.v_bits == 16)
     sizes = [(*chunk_bytes(True, span.k_bits, chunk, head_dim), *chunk_bytes(False, span.v_bits, chunk, head_dim))
              for span in spans]  # fmt: skip
@@ -53,8 +74,8 @@ def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim
     segments = []  # block, then SEGMENT without its result
     for head in range(kv_heads):
         for part in range(tail_blocks):
-            segments.append((head * tail_blocks + part, base + tail.k + head * row, 0, base + tail.v + head * row, 0,
-                             base + tail.positions, TAIL, head, tail.capacity, part, tail_blocks))  # fmt: skip
+            segments.append((head * tail_blocks + part, tail.k + head * row, 0, tail.v + head * row, 0,
+                             tail.positions, TAIL, head, tail.capacity, part, tail_blocks))  # fmt: skip
     done = 0
     for head in range(kv_heads):
         for span, (k_codes, k_meta, v_codes, v_meta), cost in zip(spans, sizes, costs, strict=True):
@@ -62,11 +83,11 @@ def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim
             done += span.n * cost
             for part, c, n in zip(*np.unique(part_of, return_index=True, return_counts=True), strict=True):
                 segments.append((kv_heads * tail_blocks + int(part),
-                                 base + span.k_codes + head * span.k_codes_stride + int(c) * k_codes,
-                                 base + span.k_meta + head * span.k_meta_stride + int(c) * k_meta,
-                                 base + span.v_codes + head * span.v_codes_stride + int(c) * v_codes,
-                                 base + span.v_meta + head * span.v_meta_stride + int(c) * v_meta,
-                                 base + span.positions + 4 * int(c), 100 * span.k_bits + span.v_bits, head, int(n), 0,
+                                 span.k_codes + head * span.k_codes_stride + int(c) * k_codes,
+                                 span.k_meta + head * span.k_meta_stride + int(c) * k_meta,
+                                 span.v_codes + head * span.v_codes_stride + int(c) * v_codes,
+                                 span.v_meta + head * span.v_meta_stride + int(c) * v_meta,
+                                 span.positions + 4 * int(c), 100 * span.k_bits + span.v_bits, head, int(n), 0,
                                  1))  # fmt: skip
 
     block_of = np.array([segment[0] for segment in segments], np.int32)

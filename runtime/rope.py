@@ -9,6 +9,8 @@ last bit differs between libraries and processors, are taken in float64 and roun
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +32,21 @@ def rope_tables(config: ModelConfig, prompt_tokens: int, total_tokens: int) -> t
     cos = np.empty((total_tokens, config.head_dim // 2), np.float32)
     sin = np.empty_like(cos)
     scale = np.float32(_attention_factor(config.rope))
-    for start in range(0, total_tokens, _ROWS):
+
+    def fill(start: int) -> None:
         positions = np.arange(start, min(start + _ROWS, total_tokens))
         angles = positions.astype(np.float32)[:, None] * _frequencies(config, positions, prompt_tokens)
         exact = angles.astype(np.float64)
         rows = slice(start, start + len(positions))
         cos[rows] = np.cos(exact).astype(np.float32) * scale
         sin[rows] = np.sin(exact).astype(np.float32) * scale
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy computes outside the interpreter's lock
+        list(pool.map(fill, range(0, total_tokens, _ROWS)))
     return cos, sin
 
 
-_ROWS = 4096  # rows computed at a time: bounds the float64 scratch
+_ROWS = 1024  # rows that a thread computes at a time: bounds the float64 scratch
 
 
 def _frequencies(config: ModelConfig, positions: npt.NDArray[np.int64], prompt_tokens: int) -> F32:
