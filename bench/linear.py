@@ -24,10 +24,11 @@ import numpy as np
 
 from bench.attention import DISTINCT, copy_rate, median_ms
 from bench.report import describe_run, emit, print_table, progress, verdict
-from bench.shapes import MODELS, random_matrix, release
+from bench.gpu import SHAPES, random_matrix, release
 from kernels_cu.backend import CudaBackend
 from kernels_cu.build import in_order
 
+MODELS = ("llama-2-7b", "mistral-7b")
 GOAL, LARGE = 0.93, 64e6  # share of the copy rate, for matrices of so many bytes
 
 
@@ -49,7 +50,7 @@ class Shape:
     """The products of one model. Activations are shared: each product depends on the one before, as in a step."""
 
     def __init__(self, backend: CudaBackend, model: str) -> None:
-        config = MODELS[model]
+        config = SHAPES[model]
         self.backend, self.layers = backend, config["num_hidden_layers"]
         self.E, self.I, self.V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
         self.H, self.G = config["num_attention_heads"], config["num_key_value_heads"]
@@ -124,7 +125,7 @@ def main() -> None:
         record.append({"model": model, "name": product.name, "rows": product.rows, "columns": product.columns,
                        "floor_us": floor, "in_order_us": plain, "early_us": early, "cublas_us": peer})
 
-    for model in list(MODELS)[: 1 if args.quick else None]:
+    for model in MODELS[: 1 if args.quick else None]:
         shape = Shape(backend, model)
         for product in shape.products():
             if (product.rows, product.columns) not in seen:
