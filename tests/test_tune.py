@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +171,19 @@ def test_the_cap_holds_and_an_impossible_one_is_refused(tmp_path: Path) -> None:
         study.run(space, cost, trials=2000, max_bits=2)
 
 
+@settings(deadline=None)
+@given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=8), cap=st.floats(2.8, 9), count=st.integers(1, 9))
+def test_a_search_begins_under_its_cap_with_what_the_profile_says(weights: list[float], cap: float, count: int) -> None:
+    space = made_space(weights)
+    begun = space.beginnings(count, cap)
+    assert begun[0] == tuple(choices[0] for choices in space.choices) and len(set(begun)) == len(begun)
+    assert all(space.mean_bits(space.pairs(chosen)) <= cap for chosen in begun)
+    assert len(begun) <= len(TIERS) + count
+    path = begun[sum(BITS[tier] <= cap for tier in TIERS):]
+    for less, more in pairwise(path):
+        assert all(BITS[a] <= BITS[b] for a, b in zip(less, more, strict=True))
+
+
 def test_the_search_improves_on_where_it_begins(tmp_path: Path) -> None:
     """A profile that misleads it, since its last layer matters most: evolution has to find out."""
     space = made_space([1.0 + 0.1 * i for i in range(8)] + [0.5])
@@ -178,7 +191,7 @@ def test_the_search_improves_on_where_it_begins(tmp_path: Path) -> None:
     study = Search(tmp_path / "a.study", {}, population=12)
     study.run(space, cost, trials=160, max_bits=6)
     assert len(study.found()) == 160
-    first = [Found(pairs, space.mean_bits(pairs), cost(pairs)) for pairs in map(space.pairs, space.beginnings(6))]
+    first = [Found(pairs, space.mean_bits(pairs), cost(pairs)) for pairs in map(space.pairs, space.beginnings(6, 6))]
     at = 4.5
     def best(found: list[Found]) -> float:
         return min(each.kl for each in found if each.bits <= at)

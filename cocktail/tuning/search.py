@@ -98,7 +98,7 @@ class Search:
             raise TuneError(f"the cap is {max_bits:g} bits; expected at least {cheapest:.3f}, which is the cheapest "
                             "pair of every layer")
         if not self._study.get_trials(deepcopy=False):
-            for beginning in space.beginnings(self._population // 2):
+            for beginning in space.beginnings(self._population // 2, max_bits):
                 self._study.enqueue_trial({_name(i): str(tier) for i, tier in enumerate(beginning)})
         known = {each.pairs: each for each in self._even()}
         tried = {each.pairs for each in self._searched()}

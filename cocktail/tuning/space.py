@@ -49,23 +49,23 @@ class Space:
         """Bits per value of one pair per layer; a document's sink and 64-byte boundaries are not in it."""
         return sum(map(self.bits_of, pairs)) / len(pairs)
 
-    def beginnings(self, count: int) -> list[tuple[Tier, ...]]:
+    def beginnings(self, count: int, max_bits: float) -> list[tuple[Tier, ...]]:
         """Combinations to try first, one pair per cluster: the nearest to each candidate everywhere, and `count` along
-        the way from the cheapest to the dearest on which each step buys the largest fall in profiled error per bit."""
+        the way from the cheapest to the cap on which each step buys the largest fall in profiled error per bit."""
         even = [tuple(max((tier for tier in choices if self.bits_of(tier) <= limit), key=self.bits_of,
-                          default=choices[0]) for choices in self.choices) for limit in self.bits]
+                          default=choices[0]) for choices in self.choices) for limit in self.bits if limit <= max_bits]
         path = [tuple(choices[0] for choices in self.choices)]
-        while steps := list(self._steps(path[-1])):
-            _, cluster, better = max(steps, key=lambda step: step[0])
-            path.append((*path[-1][:cluster], better, *path[-1][cluster + 1 :]))
+        while steps := [step for step in self._steps(path[-1]) if self.mean_bits(self.pairs(step[1])) <= max_bits]:
+            path.append(max(steps, key=lambda step: step[0])[1])
         places = np.linspace(0, len(path) - 1, min(count, len(path))).round().astype(int)
         return list(dict.fromkeys([*even, *(path[place] for place in places)]))
 
-    def _steps(self, chosen: Sequence[Tier]) -> list[tuple[float, int, Tier]]:
-        """Every upgrade of one cluster: fall in its mean squared error per bit, cluster, pair. The number of layers
-        weighs on both sides alike."""
+    def _steps(self, chosen: tuple[Tier, ...]) -> list[tuple[float, tuple[Tier, ...]]]:
+        """Every upgrade of one cluster: fall in its mean squared error per bit, and what is chosen then. The number of
+        its layers weighs on both sides alike."""
         return [((self._square(cluster, now) - self._square(cluster, better))
-                 / (self.bits_of(better) - self.bits_of(now)), cluster, better)
+                 / (self.bits_of(better) - self.bits_of(now)),
+                 (*chosen[:cluster], better, *chosen[cluster + 1 :]))
                 for cluster, (now, choices) in enumerate(zip(chosen, self.choices, strict=True))
                 for better in choices[choices.index(now) + 1 :]]
 
