@@ -44,11 +44,11 @@ def _squares(sample: Sample, candidates: Sequence[Tier],
     model = replace(engine, backend=watched)
     buffers = StepBuffers.allocate(engine.config, engine.backend, 1)
     logits = engine.backend.empty((1, engine.config.vocab_size), np.float32)
-    exact.start(sample.answer[0])
-    for token in sample.answer[1:]:
+    exact.start()
+    for token in sample.answer[:-1]:
+        engine.backend.advance(exact.state, token)
         watched.layer = 0
         decode_step(model, exact, sample.rope, buffers, logits)
-        engine.backend.advance(exact.state, token)
     return watched.errors, watched.norms
 
 
