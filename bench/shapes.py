@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None, figures: Sequence[str] = FIGURE
     release()
 
     cases = run_cases(model, args, figures, before)
-    scored = run_scorers(model, args, before) if args.scorers else {}
+    scored = run_scorers(model, args.context_tokens, args.scorers, before)
     weights, kernels = model.weights.nbytes, backend.kernels()
     del model
     release()
@@ -131,12 +131,12 @@ def run_cases(model: Model, args: argparse.Namespace, figures: Sequence[str], be
     return cases
 
 
-def run_scorers(model: Model, args: argparse.Namespace, before: int) -> dict[str, tuple[float, Case]]:
+def run_scorers(model: Model, context_tokens: int, names: Sequence[str], before: int) -> dict[str, tuple[float, Case]]:
     """Per scorer its seconds alone, and the mix read with its plan pending."""
-    policy, shape = load_policy("budget", **MIX_OPTIONS), shape_of(model.config, args.context_tokens, 4)
+    policy, shape = load_policy("budget", **MIX_OPTIONS), shape_of(model.config, context_tokens, 4)
     layout, texts, found = policy.layout(shape), chunk_texts(shape.n_chunks), {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.scorers:
+        for name in names:
             scorer = make_scorer(name, texts, Path(folder))
             alone = score_seconds(scorer, texts)
             pending = PendingPlan(layout, lambda by=scorer: policy.assign(layout, by.score(texts, QUERY), by.name))

@@ -1,5 +1,7 @@
 """The forward pass on the GPU against the oracle: prefill, packing, decode over a mixed cache, captured or not."""
 
+import time
+
 import numpy as np
 import numpy_backend
 import pytest
@@ -18,7 +20,7 @@ except NoDevice as error:
     pytest.skip(str(error), allow_module_level=True)
 
 from runtime.config import ModelConfig
-from runtime.engine import read
+from runtime.engine import PendingPlan, read
 from runtime.model import Model, StepBuffers, decode_step
 from runtime.plan import FP16, DocumentShape, Plan, Tier
 from runtime.sampler import SamplingParams
@@ -120,6 +122,23 @@ def test_a_captured_step_equals_the_step(name):
             CUDA.advance(cache.state, token)
             step()
             assert np.array_equal(CUDA.download(logits)[0], expected[i])
+
+
+def test_a_plan_made_behind_the_first_layer_changes_nothing():
+    config = config_of("llama")
+    ids, plan = ids_of(config), plan_of(config, TIERS["mixed"])
+    model = model_of(config, CUDA)
+
+    def make():
+        time.sleep(0.05)
+        return plan
+
+    ready, later = (read(model, ids[:PROMPT], [p]) for p in (plan, PendingPlan(plan.layout, make)))
+    assert np.array_equal(ready.force(ids[PROMPT:]), later.force(ids[PROMPT:]))
+    assert (ready.timing.plan, ready.timing.wait) == (0, 0)
+    # So short a layer leaves the GPU idle for nearly all of it, which is not counted as prefill.
+    assert later.timing.plan >= later.timing.wait > 0.03
+    assert 0 < later.timing.pack < later.timing.prefill
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.5, top_k=40, repetition_penalty=1.3,
