@@ -58,7 +58,9 @@ def _save_encoder(folder: Path, hidden: int, layers: int, heads: int, texts: Seq
     import torch
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     words = BertWordPieceTokenizer()
     words.train_from_iterator(texts, vocab_size=VOCABULARY, show_progress=False)
     tokenizer: Any = BertTokenizerFast(tokenizer_object=words._tokenizer, model_max_length=512)
