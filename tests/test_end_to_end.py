@@ -20,6 +20,7 @@ from cocktail import run
 from cocktail.policies.pairs import fingerprint
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
+from runtime.engine import read
 from runtime.model import Model as Engine
 from runtime.plan import Plan
 from runtime.weights import load_weights
@@ -117,6 +118,28 @@ def test_options_run(cli, options):
     code, _, stats = cli(*ASK, *options, stats=True)
     assert code == 0
     assert stats["generated_tokens"] > 0
+
+
+@pytest.mark.parametrize(("policy", "options"), [
+    ("fp16", {}), ("uniform", {"tier": "K3V2"}), ("uniform", {"tier": "K8V8"}), ("kvtuner", {"pairs": True}),
+    ("cocktail", {}), ("cocktail", {"no_search": True}), ("cocktail", {"no_reorder": True, "pairs": True}),
+    ("budget", {"kv_bits": 3.3}), ("budget", {"kv_bits": 4.5, "pairs": True})], ids=str)
+def test_every_policys_logits_are_those_of_attention_in_float64_over_decoded_values(folder, document, policy, options):
+    """Up to a few codes: the oracle's prefill rounds some K and V to the other side. Without quantizing, or done
+    otherwise, the difference is many times as large."""
+    given = options | ({"pairs": folder / "pairs.json"} if "pairs" in options else {})
+    plan, exact = (document.plan(QUESTION, policy=name, max_tokens=8, **more)
+                   for name, more in ((policy, given), ("fp16", {})))
+    with Checkpoint.open(folder / "chat.safetensors") as checkpoint:
+        oracle = Engine(checkpoint.config, load_weights(checkpoint, NumpyBackend()), NumpyBackend())
+    prompt, answer = document.prompt(QUESTION), document.ask(QUESTION, plan=exact).ids
+    reading = read(oracle, prompt, [plan, exact])
+    expected, unquantized = reading.force(answer, 0), reading.force(answer, 1)
+    error, effect = document.logits(QUESTION, answer, plan=plan) - expected, unquantized - expected
+    if policy == "fp16":
+        assert np.abs(error).max() < 2e-3
+    else:
+        assert np.linalg.norm(error) < 0.05 * np.linalg.norm(effect)
 
 
 def test_in_place_the_answer_stays(document):
