@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_policies import BITS, SHAPES, SINKS, scored_shapes, shape_of, tiers_of
 
 from cocktail.policies import Policy, load_policy
+from cocktail.policies.budget import LADDER
 from cocktail.policies.pairs import LayerPairs
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
@@ -108,7 +109,7 @@ FLOORED = st.sampled_from(["cocktail", "budget"])
 
 
 def floored(name: str, bits: float, sink: int, pairs: LayerPairs | None) -> Policy:
-    return load_policy(name, sink=sink, pairs=pairs, **({"kv_bits": bits} if name == "budget" else {}))
+    return load_policy(name, sink=sink, pairs=pairs, **({"kv_bits": bits, "tiers": LADDER} if name == "budget" else {}))
 
 
 @settings(deadline=None)
@@ -210,9 +211,39 @@ def test_at_the_pairs_own_bytes_a_budget_is_kvtuner() -> None:
     both = load_policy("budget", pairs=pairs, kv_budget=ArenaLayout(alone.layout).nbytes).plan(shape, scores)
     assert [tiers_in(both, layer) for layer in range(3)] == [tiers_in(alone, layer) for layer in range(3)]
     # A little more goes to the best chunks, in the layers whose pair is below the first step.
-    more = load_policy("budget", pairs=pairs, kv_budget=ArenaLayout(alone.layout).nbytes + 4000).plan(shape, scores)
-    assert tiers_in(more, 1)[-1] != LOWEST == tiers_in(more, 1)[1]
+    more = load_policy("budget", pairs=pairs, kv_budget=ArenaLayout(alone.layout).nbytes + 6000).plan(shape, scores)
+    assert tiers_in(more, 1)[-1] == Tier(4, 4) and tiers_in(more, 1)[1] == LOWEST
     assert tiers_in(more, 2) == tiers_in(alone, 2)
+
+
+@settings(deadline=None)
+@given(shape=SHAPES, bits=BITS, sink=SINKS)
+def test_a_budget_takes_the_best_trade_off_that_leaves_room_for_its_lifts(tmp_path_factory, shape: DocumentShape,
+                                                                          bits: float, sink: int) -> None:
+    """As written out: the plan is that of some trade-off given alone, no better one has the first lifts, and where none
+    has them it is the cheapest."""
+    layers = [["K2V2"] * shape.n_layers, ["K4V2"] + ["K2V2"] * (shape.n_layers - 1), ["K4V4"] * shape.n_layers]
+    entries = [{"bits": float(i), "kl": 1 / (i + 1), "pairs": pairs} for i, pairs in enumerate(layers)]
+    path = write(tmp_path_factory.mktemp("pairs"), version=1, pairs=["K8V8"] * shape.n_layers, pareto=entries)
+    scores = np.arange(shape.n_chunks, dtype=np.float32)
+    alone = []
+    for entry in entries:
+        try:
+            alone.append(load_policy("budget", kv_bits=bits, sink=sink, pairs=path, pairs_bits=entry["bits"]).plan(
+                shape, scores))
+        except PlanError:
+            alone.append(None)
+    if alone[0] is None:
+        with pytest.raises(PlanError, match="K2V2 or the layer's pair"):
+            load_policy("budget", kv_bits=bits, sink=sink, pairs=path).plan(shape, scores)
+        return
+    ranked = shape.n_chunks - max(len(shape.hidden_chunks()), min(sink, shape.n_chunks))
+    def lifts(plan: Plan | None, least: Tier, share: float) -> bool:
+        lifted = 0 if plan is None else sum(join(tier, least) == tier for tier in tiers_in(plan, 0)[-ranked:])
+        return plan is not None and (ranked == 0 or lifted >= int(ranked * share + 0.5))
+    roomy = [plan for plan in alone if lifts(plan, Tier(4, 4), 0.13) and lifts(plan, Tier(8, 8), 0.03)]
+    expected = roomy[-1] if roomy else alone[0]
+    assert load_policy("budget", kv_bits=bits, sink=sink, pairs=path).plan(shape, scores) == expected
 
 
 # The file.

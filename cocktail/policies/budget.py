@@ -9,7 +9,9 @@ lifting one rank by one tier (MILESTONES). A budget buys the longest prefix of i
 - more budget never gives any chunk fewer bits of K or of V.
 
 With a pairs file (cocktail.policies.pairs) the path begins with every layer at its own pair, and a step lifts a rank
-only in the layers whose pair is below the tier. All of the above holds, and each layer has counts of its own.
+only in the layers whose pair is below the tier. All of the above holds, and each layer has counts of its own. Where the
+file leaves several trade-offs to choose from, the most accurate is taken with which the budget still lifts the best
+chunks as at the first of MILESTONES; a larger budget may then come to other pairs, which may take bits from some layer.
 
 Equal scores: the earlier chunk first.
 """
@@ -20,7 +22,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil, floor, isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +67,11 @@ MILESTONES = (
     (1.00, 1.00, 1.00, 1.00, 1.0),
 )
 # Without any budget of the user's, a short document, whose FP16 sink alone takes most of 3.3 bits, still gets this mix.
-DEFAULT_FLOOR = 2
+LEAST_BY_DEFAULT = 2
+# On pairs the base is theirs to choose, so a step lifts a chunk at once to where it pays; and a floor is affordable
+# when the lifts up to this milestone are. KL at 4.0 bpv: .0028, with all of LADDER .0036, pairs or tiers alone .005.
+LIFTS = (Tier(2, 2), Tier(4, 4), Tier(8, 8), FP16)
+LIFTS_FIRST = 1
 
 
 class BudgetPolicy(Policy):
@@ -75,10 +81,12 @@ class BudgetPolicy(Policy):
     kv_bits: bits per value = context bytes * 8 / values of the stored context chunks (the sink in, the tail out;
         chunks hidden by a sliding window count on neither side).
     kv_budget: bytes of the whole arena, tail included; a number or text such as "200MiB".
-    tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher.
+    tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher. All of LADDER
+        if not given, with pairs LIFTS.
     shares: no budget but fixed shares of the ranked chunks for each of `tiers` but the first, as (0.1, 0.03).
     sink: leading chunks at FP16, outside the ranking but inside the budget.
-    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs).
+    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs): with pairs_bits the file's most accurate
+        trade-off of at most so many bits, without it the one that suits the budget, with shares the file's choice.
 
     Raises PlanError, naming the minimum where a budget is below it.
     """
@@ -100,32 +108,40 @@ class BudgetPolicy(Policy):
         self._by_default = not given
         self.kv_bits = kv_bits
         self.kv_budget = None if kv_budget is None else parse_bytes(kv_budget)
-        self.tiers = _tiers(tiers, ladder_only=shares is None)
+        self.tiers = _tiers(tiers, LADDER if pairs is None else LIFTS, ladder_only=shares is None)
         self.shares = None if shares is None else _shares(shares, self.tiers)
         self.sink = check_sink(sink)
-        self.pairs = load_pairs(pairs, pairs_bits)
+        self.floors: tuple[LayerPairs | None, ...] = (load_pairs(pairs, pairs_bits),)  # most accurate first
+        if isinstance(pairs, str | Path) and pairs_bits is None and shares is None:
+            self.floors = LayerPairs.load_all(pairs)
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
         ranked = _ranked(shape, self.sink)
         if self.shares is not None:
-            return self._layout(shape, [int(ranked * sum(self.shares[i:]) + 0.5) for i in range(len(self.shares))])
+            return self._layout(shape, [int(ranked * sum(self.shares[i:]) + 0.5) for i in range(len(self.shares))],
+                                self.floors[0])
         boundaries, times = _path(self.tiers, ranked)
-        step = self._affordable(shape, boundaries, self._context_budget(shape))
+        budget, first = self._context_budget(shape), int(np.searchsorted(times, LIFTS_FIRST, "right"))
+        for floor in self.floors:
+            step = self._affordable(shape, boundaries, budget, floor)
+            if step >= first:
+                break
         if self._by_default:
-            step = max(step, int(np.searchsorted(times, DEFAULT_FLOOR, "right")))
+            step = max(step, int(np.searchsorted(times, LEAST_BY_DEFAULT, "right")))
         if step < 0:
             raise self._below_minimum(shape)
-        return self._layout(shape, _lifted(self.tiers, boundaries[:step]))
+        return self._layout(shape, _lifted(self.tiers, boundaries[:step]), floor)
 
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         checked = checked_scores(self.name, layout, scores)
-        layers = range(layout.n_layers if self.pairs is not None else 1)
-        chunks = np.stack([self.assign_layer(layout, layer, checked) for layer in layers])
-        return plan_of(layout, chunks, labelled(self.name, pairs=self.pairs), scorer, checked, self._notes(layout))
+        on_pairs = self.floors != (None,)
+        chunks = np.stack([self.assign_layer(layout, layer, checked)
+                           for layer in range(layout.n_layers if on_pairs else 1)])
+        return plan_of(layout, chunks, labelled(self.name, pairs=on_pairs), scorer, checked, self._notes(layout))
 
     def check_model(self, engine: Engine) -> None:
-        if self.pairs is not None:
-            self.pairs.check_model(engine)
+        if self.floors[0] is not None:
+            self.floors[0].check_model(engine)
 
     def assign_layer(self, layout: Layout, layer: int, scores: Scores) -> npt.NDArray[np.int64]:
         """Tier index of every chunk (N,) in one layer: the sink, then the ranks, best first, fill the tiers in order.
@@ -139,29 +155,33 @@ class BudgetPolicy(Policy):
             np.arange(len(layout.tiers)), layout.counts[layer])
         return chunks
 
-    def _layout(self, shape: DocumentShape, lifted: Sequence[int]) -> Layout:
+    def _layout(self, shape: DocumentShape, lifted: Sequence[int], floor: LayerPairs | None) -> Layout:
         """lifted[i]: how many of the ranked chunks are at tiers[i + 1] or above. Tiers come out highest first."""
         bounds = (_ranked(shape, self.sink), *lifted, 0)
         counts = {FP16: len(sink_chunks(shape, self.sink))}
         for tier, (here, above) in reversed(list(zip(self.tiers, pairwise(bounds), strict=True))):
             counts[tier] = counts.get(tier, 0) + here - above
-        return layout_of(shape, counts | {HIDDEN: len(shape.hidden_chunks())}, self.pairs)
+        return layout_of(shape, counts | {HIDDEN: len(shape.hidden_chunks())}, floor)
 
-    def _affordable(self, shape: DocumentShape, boundaries: npt.NDArray[np.int64], budget: int) -> int:
+    def _affordable(self, shape: DocumentShape, boundaries: npt.NDArray[np.int64], budget: int,
+                    floor: LayerPairs | None) -> int:
         """The largest number of steps whose context bytes fit, -1 when none does.
 
         Alignment makes true bytes not quite monotone, so the search begins at the last step that would fit without any
         and walks back; it seldom takes more than two arenas, which are arithmetic only.
         """
-        cost = [_chunk_bytes(shape, tier, self.pairs) for tier in self.tiers]
+        if floor is not None:
+            floor.check(shape)
+        cost = [_chunk_bytes(shape, tier, floor) for tier in self.tiers]
         spent = np.concatenate([[0], np.cumsum(np.diff(cost)[boundaries])]) + cost[0] * _ranked(shape, self.sink)
         step = int(np.searchsorted(spent, budget, "right")) - 1
-        while step >= 0 and self._bytes(shape, boundaries[:step]) > budget:
+        while step >= 0 and self._arena(shape, boundaries[:step], floor).context_bytes > budget:
             step -= 1
         return step
 
-    def _bytes(self, shape: DocumentShape, boundaries: npt.NDArray[np.int64]) -> int:
-        return ArenaLayout(self._layout(shape, _lifted(self.tiers, boundaries))).context_bytes
+    def _arena(self, shape: DocumentShape, boundaries: npt.NDArray[np.int64],
+               floor: LayerPairs | None) -> ArenaLayout:
+        return ArenaLayout(self._layout(shape, _lifted(self.tiers, boundaries), floor))
 
     def _context_budget(self, shape: DocumentShape) -> int:
         """Bytes that the context may take."""
@@ -170,12 +190,12 @@ class BudgetPolicy(Policy):
         return _bytes_of_bits(shape, DEFAULT_KV_BITS if self.kv_bits is None else self.kv_bits)
 
     def _tail_bytes(self, shape: DocumentShape) -> int:
-        arena = ArenaLayout(self._layout(shape, [0] * (len(self.tiers) - 1)))
+        arena = self._arena(shape, np.zeros(0, np.int64), None)
         return arena.nbytes - arena.context_bytes  # the same whatever the tiers: every part is aligned by itself
 
     def _below_minimum(self, shape: DocumentShape) -> PlanError:
-        least = ArenaLayout(self._layout(shape, [0] * (len(self.tiers) - 1)))
-        pair = "" if self.pairs is None else " or the layer's pair"
+        least = self._arena(shape, np.zeros(0, np.int64), self.floors[-1])
+        pair = "" if self.floors[-1] is None else " or the layer's pair"
         lowest = f"{self.tiers[0]}{pair} for all but {len(sink_chunks(shape, self.sink))} sink chunks"
         if self.kv_bits is not None:
             bits = ceil(Fraction(8000 * least.context_bytes, _values(shape))) / 1000
@@ -241,7 +261,7 @@ def _values(shape: DocumentShape) -> int:
 
 
 def _bytes_of_bits(shape: DocumentShape, bits: float) -> int:
-    return floor(_decimal(bits) * _values(shape) / 8)
+    return _decimal(bits) * _values(shape) // 8
 
 
 def _decimal(bits: float) -> Fraction:
@@ -258,9 +278,9 @@ def _chunk_bytes(shape: DocumentShape, tier: Tier, pairs: LayerPairs | None) -> 
 
 # Options.
 
-def _tiers(tiers: str | Sequence[Tier] | None, ladder_only: bool) -> tuple[Tier, ...]:
+def _tiers(tiers: str | Sequence[Tier] | None, default: tuple[Tier, ...], ladder_only: bool) -> tuple[Tier, ...]:
     if tiers is None:
-        return LADDER
+        return default
     parsed = tuple(Tier.parse(part.strip()) for part in tiers.split(",")) if isinstance(tiers, str) else tuple(tiers)
     names = ",".join(map(str, parsed))
     if not parsed or any(a == b or a.k_bits > b.k_bits or a.v_bits > b.v_bits for a, b in pairwise(parsed)):

@@ -7,7 +7,7 @@
 
 Policies take a file in one of two ways. `kvtuner` stores every chunk at its layer's pair. `cocktail` and `budget` take
 the pair as the layer's floor: a chunk whose tier is t is stored at max(t, pair), for K and for V by itself. Where every
-pair is K2V2 that is the policy without pairs.
+pair is K2V2 that is the policy without pairs, given the same tiers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,24 @@ class LayerPairs:
     def load(cls, path: str | Path, bits: float | None = None) -> LayerPairs:
         """The file's choice, or the most accurate of its trade-offs with at most `bits`. Raises PlanError."""
         data = _read(path)
-        pairs = data.get("pairs") if bits is None else _trade_off(path, data.get("pareto"), bits)["pairs"]
+        if bits is None:
+            return cls._of(path, data, data.get("pairs"))
+        entries = _trade_offs(path, data)
+        affordable = [entry for entry in entries if entry["bits"] <= bits]
+        if not affordable:
+            least = min((entry["bits"] for entry in entries), default=float("nan"))
+            raise PlanError(f"pairs file {path} has no trade-off of at most {bits:g} bits; its least is {least:.3f}")
+        return cls._of(path, data, affordable[0]["pairs"])
+
+    @classmethod
+    def load_all(cls, path: str | Path) -> tuple[LayerPairs, ...]:
+        """The file's trade-offs, most accurate first; its choice alone where it has none. Raises PlanError."""
+        data = _read(path)
+        entries = _trade_offs(path, data) if data.get("pareto") else [data]
+        return tuple(cls._of(path, data, entry.get("pairs")) for entry in entries)
+
+    @classmethod
+    def _of(cls, path: str | Path, data: dict[str, Any], pairs: Any) -> LayerPairs:
         if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, str) for pair in pairs):
             raise PlanError(f'pairs file {path}: "pairs" is not a list of pairs such as "K4V2", one per layer')
         model = data.get("model", {})
@@ -122,15 +139,12 @@ def _read(path: str | Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _trade_off(path: str | Path, pareto: Any, bits: float) -> dict[str, Any]:
-    """The entry of least KL among those of at most `bits`."""
+def _trade_offs(path: str | Path, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of "pareto", the least KL first."""
+    pareto = data.get("pareto")
     if not isinstance(pareto, list) or not all(map(_is_entry, pareto)):
-        raise PlanError(f'pairs file {path}: "pareto" is not a list of trade-offs to choose from by pairs_bits')
-    affordable = [entry for entry in pareto if entry["bits"] <= bits]
-    if not affordable:
-        least = min((entry["bits"] for entry in pareto), default=float("nan"))
-        raise PlanError(f"pairs file {path} has no trade-off of at most {bits:g} bits; its least is {least:.3f}")
-    return dict(min(affordable, key=lambda entry: (entry["kl"], entry["bits"])))
+        raise PlanError(f'pairs file {path}: "pareto" is not a list of trade-offs to choose from')
+    return sorted(pareto, key=lambda entry: (entry["kl"], entry["bits"]))
 
 
 def _is_entry(entry: Any) -> bool:
