@@ -84,9 +84,8 @@ def main(arguments: Sequence[str] | None = None, figures: Sequence[str] = FIGURE
     progress("; ".join(f"{name} {rate / 1e12:.3f} T/s" for name, rate in rates.items()))
     release()
     before = cupy.cuda.runtime.memGetInfo()[0]
-    positions = args.context_tokens + PREFIX + SUFFIX + 1024
-    model = random_model(args.shape, positions, backend) if args.shape else loaded_model(args.model, backend)
-    name, config = args.shape or Path(args.model).stem, model.config
+    name, model = model_of(args, backend)
+    config = model.config
     release()
 
     cases = run_cases(model, args, figures, before)
@@ -114,6 +113,14 @@ def main(arguments: Sequence[str] | None = None, figures: Sequence[str] = FIGURE
           "scorers": {key: {"alone": alone, **asdict(case)} for key, (alone, case) in scored.items()},
           "transformers": {key: value if isinstance(value, str) else asdict(value) for key, value in peers.items()}},
          args.json)
+
+
+def model_of(args: argparse.Namespace, backend: CudaBackend) -> tuple[str, Model]:
+    """What model_options asked for, with its name; sets the default of context_tokens."""
+    args.context_tokens = args.context_tokens or (CARD_TOKENS if args.shape else 4096)
+    if args.shape:
+        return args.shape, random_model(args.shape, args.context_tokens + PREFIX + SUFFIX + 1024, backend)
+    return Path(args.model).stem, loaded_model(args.model, backend)
 
 
 def run_cases(model: Model, args: argparse.Namespace, figures: Sequence[str], before: int) -> list[Case]:
@@ -225,23 +232,27 @@ def _beside(case: str, figure: str, peers: Peers) -> str:
 def _arguments(arguments: Sequence[str] | None, figures: Sequence[str], command: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{command}", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shape", choices=SHAPES, help="sizes of a known model, random weights")
-    what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
-    parser.add_argument("--backend", choices=["cuda"], default="cuda")
-    parser.add_argument("--context-tokens", type=int, help="default: 32768 for a shape, 4096 for a checkpoint")
+    model_options(parser, SCORERS if "TTFT" in figures else ())
     parser.add_argument("--policies", type=_some_of(POLICIES), default=[*POLICIES], help="of fp16,mix")
-    parser.add_argument("--scorers", type=_some_of(SCORERS), help=f"of {','.join(SCORERS)}; default with TTFT: all",
-                        default=[*SCORERS] if "TTFT" in figures else [])
-    parser.add_argument("--peers", action="store_true", help="transformers in the same run")
     parser.add_argument("--quick", action="store_true", help="one round of fewer steps, no scorers")
-    parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
     args = parser.parse_args(arguments)
-    args.context_tokens = args.context_tokens or (CARD_TOKENS if args.shape else 4096)
     args.rounds, args.steps = (1, STEPS // 2) if args.quick else (ROUNDS, STEPS)
     if args.quick:
         args.scorers = []
     return args
+
+
+def model_options(parser: argparse.ArgumentParser, scorers: Sequence[str]) -> None:
+    """What every bench of a whole model takes. scorers: the default ones."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", choices=SHAPES, help="sizes of a known model, random weights")
+    what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
+    parser.add_argument("--backend", choices=["cuda"], default="cuda")
+    parser.add_argument("--context-tokens", type=int, help=f"default: {CARD_TOKENS} for a shape, 4096 for a checkpoint")
+    parser.add_argument("--scorers", type=_some_of(SCORERS), default=[*scorers],
+                        help=f"of {','.join(SCORERS)}; default: {','.join(scorers) or 'none'}")
+    parser.add_argument("--peers", action="store_true", help="transformers in the same run")
+    parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
 
 
 def _some_of(known: Any) -> Any:

@@ -113,9 +113,9 @@ def test_memory_and_scorers_are_accounted_for(capsys):
 
 def test_options_follow_the_command():
     args = shapes._arguments(["--shape", "llama-2-13b", "--quick"], shapes.FIGURES, "shapes")
-    assert (args.context_tokens, args.scorers, args.rounds) == (32768, [], 1)
+    assert (args.shape, args.scorers, args.rounds) == ("llama-2-13b", [], 1)
     args = shapes._arguments(["--model", "x", "--scorers", "bm25,minilm"], ("TPOT",), "decode")
-    assert (args.context_tokens, args.scorers) == (4096, ["bm25", "minilm"])
+    assert (args.shape, args.model, args.scorers) == (None, "x", ["bm25", "minilm"])
     assert shapes._arguments([], ("TTFT",), "prefill").scorers == list(scoring.SCORERS)
     for wrong in (["--shape", "llama-2-7b", "--model", "x"], ["--policies", "int4"]):
         with pytest.raises(SystemExit):
