@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("TTFT", "TPOT", "memory")
 ROUNDS, STEPS = 2, 48
-PEER_STEPS = 6
+PEER_STEPS = 8
 MIX_OPTIONS: dict[str, Any] = {"tiers": "K3V2,K4V4,FP16", "shares": (0.15, 0.05)}  # the mix as a policy
 
 TPOT_FACTOR = {"fp16": 1.08, "mix": 1.18}  # goal: at most so many times the floor
