@@ -68,4 +68,5 @@ def _save_encoder(folder: Path, hidden: int, layers: int, heads: int, texts: Seq
     torch.manual_seed(0)
     config = BertConfig(vocab_size=EMBEDDINGS, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                         intermediate_size=4 * hidden)
-    BertModel(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        BertModel(config).save_pretrained(folder)
