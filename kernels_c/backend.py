@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,9 @@ class CpuBackend(CacheOps):
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
         return allocate(shape, dtype)
+
+    def activation_type(self, rows: int, weights: Sequence[Matrix]) -> np.dtype[Any]:
+        return np.dtype(np.float32)
 
     def upload(self, data: npt.NDArray[Any]) -> Buffer:
         buffer = allocate(data.shape, data.dtype)

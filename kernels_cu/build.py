@@ -206,16 +206,16 @@ def _launch_early(function: int, grid: tuple[int, ...], block: tuple[int, ...], 
     config = _LaunchConfig((*grid, 1, 1)[:3], (*block, 1, 1)[:3], shared,
                            import_cupy().cuda.get_current_stream().ptr,
                            ctypes.pointer(_PROGRAMMATIC_STREAM_SERIALIZATION), 1)  # fmt: skip
-    driver = _driver()
-    status = driver.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), addresses, None)
+    status = driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), addresses, None)
     if status:
         text = ctypes.c_char_p()
-        driver.cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         raise KernelError(f"a kernel could not be launched: {(text.value or b'unknown error').decode()} ({status})")
 
 
 @cache
-def _driver() -> Any:
+def driver() -> Any:
+    """The CUDA driver's library, for the calls that CuPy does not make."""
     return ctypes.CDLL("libcuda.so.1")
 
 

@@ -46,10 +46,12 @@ struct Epilogue {
 
     INLINE const u8 *row(i32 unit, i32 which, i32 K) const { return weight_row(which ? up : gate, unit, K); }
 
-    INLINE void finish(i32 unit, i32 token, const float (&y)[PAIR]) const {
+    INLINE float value(i32 unit, const float (&y)[PAIR]) const {
         const float g = biased(y[0], gate_bias, unit), u = biased(y[1], up_bias, unit);
-        out[(i64)token * units + unit] = g / (1 + expf(-g)) * u;
+        return g / (1 + expf(-g)) * u;
     }
+
+    INLINE void finish(i32 unit, i32 token, const float (&y)[PAIR]) const { out[(i64)token * units + unit] = value(unit, y); }
 };
 
 #elif EPILOGUE == QKV

@@ -48,13 +48,14 @@ class Linear:
         self._product = Product()
 
     def run(self, operation: Operation, x: np.uint64, T: int, K: int, norm: np.uint64 | None = None,
-            eps: float = 0.0) -> None:  # fmt: skip
-        """operation of x (T, K) float32, RMS-normed with weights norm (K,) if given."""
+            eps: float = 0.0, converted: bool = False) -> None:  # fmt: skip
+        """operation of x (T, K) float32, RMS-normed with weights norm (K,) if given; converted: x, of more than
+        PANEL_ROWS rows, is in the weights' type."""
         if T == 1:
             launch = _gemv(operation.defines, norm is not None, K, operation.units, self._processors)
             launch(x, NULL if norm is None else norm, np.float32(eps), np.int32(K), *operation.arguments)
             return
-        activations = self._product.converted(operation.dtype, x, T, K, norm, eps)
+        activations = x if converted else self._product.converted(operation.dtype, x, T, K, norm, eps)
         if T <= PANEL_ROWS and operation.dtype != "F32":
             _panel(operation.defines, operation.units, T)(activations, np.int32(T), np.int32(K), *operation.arguments)
         else:
@@ -74,10 +75,12 @@ def compile_cover() -> Iterator[Spec]:
             for depth in depths[(i + j) % 3 :: 3]:
                 yield _gemv_spec(defines, epilogue != "ADD", depth)
             yield product.finish_spec(defines)
+            if epilogue == "GATE_UP" and dtype != "F32":
+                yield product.finish_spec(defines, narrow=True)
             if dtype != "F32":
                 yield from (_panel_spec(defines, columns) for columns in (1, 2))
     for dtype in dtypes:
-        yield from (product.convert_spec(dtype, norm) for norm in (False, True))
+        yield from (product.convert_spec(dtype, norm, 4096) for norm in (False, True))
 
 
 @cache

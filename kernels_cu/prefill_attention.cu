@@ -3,8 +3,9 @@
  * A block of four warps takes ROWS queries of one head and walks over the visible keys, KEYS at a time. Each warp has
  * ROWS / 4 queries; K and V of a step go through shared memory, the one on its way while the other is used. Rows in
  * shared memory are padded by 16 bytes, which keeps ldmatrix free of bank conflicts for every D. Q carries
- * D^-1/2 * log2(e), so that probabilities are powers of two. */
+ * D^-1/2 * log2(e), so that probabilities are powers of two. WEIGHT is the type of out. */
 #include "common.cuh"
+#include "weights.cuh"
 
 #define WARPS 4
 #define THREADS (WARPS * WARP)
@@ -44,7 +45,7 @@ INLINE void load_queries(u16 *shared, const float *q, i32 rows, i32 row_stride) 
 }
 
 KERNEL __launch_bounds__(THREADS, BLOCKS)
-    prefill_attention(const float *q, const u16 *k, const u16 *v, float *out, i32 T, i32 H, i32 G, i32 S, i32 start,
+    prefill_attention(const float *q, const u16 *k, const u16 *v, void *out, i32 T, i32 H, i32 G, i32 S, i32 start,
                       i32 window) {
     extern __shared__ u16 shared[];
     u16 *const shared_q = shared, *const shared_k = shared_q + ROWS * STRIDE, *const shared_v = shared_k + KEYS * STRIDE;
@@ -155,9 +156,9 @@ KERNEL __launch_bounds__(THREADS, BLOCKS)
             total += __shfl_xor_sync(FULL, total, 2);
             const i32 row = my_row + m * 16 + lane / 4 + half * 8;
             if (row >= T) continue; /* the whole quad leaves or stays */
-            float *to = out + ((i64)row * H + head) * D + lane % 4 * 2;
+            const i64 to = ((i64)row * H + head) * D + lane % 4 * 2;
 #pragma unroll
             for (i32 n = 0; n < D / 8; n++)
-                *(float2 *)(to + n * 8) = make_float2(o[m][n][2 * half] / total, o[m][n][2 * half + 1] / total);
+                store2(out, to + n * 8, o[m][n][2 * half] / total, o[m][n][2 * half + 1] / total);
         }
 }

@@ -5,6 +5,7 @@ Activations are converted to the weights' type, sums are float32, and `finish` d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,9 @@ Defines = tuple[tuple[str, int | str], ...]
 PAIR = {"STORE": 1, "ADD": 1, "GATE_UP": 2, "QKV": 2}  # rows of weights that an epilogue needs together
 _CUDA_R = {"F32": 0, "F16": 2, "BF16": 14}
 _COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1
+_SUMS_BYTES = 192 * 2**20  # of GATE_UP's products that wait for their epilogue at a time
+_PART_UNITS = 128  # a part of GATE_UP begins at a multiple of so many units
+_HELD = 4  # float4 of a row that a thread of `convert` keeps in registers, at most
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Operation:
     units: int
     arguments: tuple[Any, ...]
     D: int = 0
+    narrow: bool = False  # GATE_UP of many rows: its result is of the weights' type, not float32
 
     @property
     def dtype(self) -> str:
@@ -40,6 +45,20 @@ class Operation:
     def defines(self) -> Defines:
         head = (("D", self.D),) if self.D else ()
         return (("EPILOGUE", self.epilogue), ("WEIGHT", self.dtype), *head)
+
+    def parts(self, T: int) -> Iterator[tuple[int, list[tuple[Matrix, int, int]]]]:
+        """Pairs cut into parts whose sums of T rows are few bytes, but whose products are still large ones: the first
+        unit of each, and its rows of weights (matrix, first, number) in the order of their sums."""
+        if self.epilogue == "QKV":
+            first = 0
+            for weight in self.weights:
+                yield first, [(weight, 0, weight.shape[0])]
+                first += weight.shape[0] // 2
+            return
+        count = -(-2 * 4 * T * self.units // _SUMS_BYTES)
+        part = -(-self.units // (count * _PART_UNITS)) * _PART_UNITS
+        for first in range(0, self.units, part):
+            yield first, [(weight, first, min(part, self.units - first)) for weight in self.weights]
 
 
 class Product:
@@ -53,28 +72,30 @@ class Product:
         if dtype == "F32" and norm is None:
             return x
         out = self._room("activations", T * K * STORED[dtype].itemsize)
-        convert = _convert(dtype, norm is not None)
+        convert = _convert(dtype, norm is not None, K)
         convert((T,), (256,), (x, NULL if norm is None else norm, np.float32(eps), np.int32(K), out))
         return out
 
     def run(self, operation: Operation, activations: np.uint64, T: int, K: int) -> None:
         """operation of activations (T, K) in the weights' type."""
         units, epilogue = operation.units, operation.epilogue
-        finish = kernel(finish_spec(operation.defines))
-        grid = (-(-units // 256), T)
+        finish = kernel(finish_spec(operation.defines, operation.narrow))
         if PAIR[epilogue] == 1:
-            _, bias, out, _ = operation.arguments
+            weight, (_, bias, out, _) = operation.weights[0], operation.arguments
             if bias:
-                finish(grid, (256,), (NULL, *operation.arguments))
-            _gemm(operation.weights[0], activations, T, out, units, add=epilogue == "ADD" or bool(bias))
+                finish((-(-units // 256), T), (256,), (NULL, np.int32(0), np.int32(units), *operation.arguments))
+            _gemm(weight, 0, units, activations, T, out, units, add=epilogue == "ADD" or bool(bias))
             return
-        total = sum(weight.shape[0] for weight in operation.weights)
-        sums = self._room("sums", 4 * T * total)
-        column = 0
-        for weight in operation.weights:
-            _gemm(weight, activations, T, np.uint64(int(sums) + 4 * column), total)
-            column += weight.shape[0]
-        finish(grid, (256,), (sums, *operation.arguments))
+        parts = list(operation.parts(T))
+        sums = self._room("sums", 4 * T * max(sum(rows for _, _, rows in part) for _, part in parts))
+        for first, part in parts:
+            total, column = sum(rows for _, _, rows in part), 0
+            for weight, row, rows in part:
+                _gemm(weight, row, rows, activations, T, np.uint64(int(sums) + 4 * column), total)
+                column += rows
+            per_block = 256 * _finish_units(operation.defines, operation.narrow)
+            finish((-(-total // (2 * per_block)), T), (256,),
+                   (sums, np.int32(first), np.int32(total // 2), *operation.arguments))  # fmt: skip
 
     def _room(self, name: str, nbytes: int) -> np.uint64:
         held = self._scratch.get(name)
@@ -86,28 +107,35 @@ class Product:
 
 
 @cache
-def finish_spec(defines: Defines) -> Spec:
-    return Spec.of("finish.cu", "finish", **dict(defines))
+def finish_spec(defines: Defines, narrow: bool = False) -> Spec:
+    return Spec.of("finish.cu", "finish", NARROW=int(narrow), UNITS=_finish_units(defines, narrow), **dict(defines))
 
 
-def convert_spec(dtype: str, norm: bool) -> Spec:
-    return Spec.of("convert.cu", "convert", WEIGHT=dtype, NORM=int(norm))
+def _finish_units(defines: Defines, narrow: bool) -> int:
+    """Neighbouring units of one of its threads."""
+    return 4 if narrow or dict(defines)["EPILOGUE"] == "QKV" else 1
+
+
+def convert_spec(dtype: str, norm: bool, K: int) -> Spec:
+    return Spec.of("convert.cu", "convert", WEIGHT=dtype, NORM=int(norm), HELD=min(-(-K // 1024), _HELD))
 
 
 @cache
-def _convert(dtype: str, norm: bool) -> Any:
-    return kernel(convert_spec(dtype, norm))
+def _convert(dtype: str, norm: bool, K: int) -> Any:
+    return kernel(convert_spec(dtype, norm, K))
 
 
-def _gemm(weight: Matrix, x: np.uint64, T: int, out: np.uint64, stride: int, add: bool = False) -> None:
-    """out (T, N), rows `stride` floats apart, = or += x (T, K) @ weight.T, sums in float32."""
+def _gemm(weight: Matrix, row: int, N: int, x: np.uint64, T: int, out: np.uint64, stride: int,
+          add: bool = False) -> None:  # fmt: skip
+    """out (T, N), rows `stride` floats apart, = or += x (T, K) @ weight[row : row + N].T, sums in float32."""
     cublas, handle = _cublas()
     cublas.setStream(handle, import_cupy().cuda.get_current_stream().ptr)
-    N, K = weight.shape
+    K = weight.shape[1]
+    first = int(weight.address) + row * K * STORED[weight.dtype].itemsize
     factors = np.array([1, 1 if add else 0], np.float32)  # alpha and beta, in host memory until the call returns
     at, kind = factors.ctypes.data, _CUDA_R[weight.dtype]
     # cuBLAS counts by columns: its (N, T) is our (T, N).
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, N, T, K, at, int(weight.address), kind, K,
+    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, N, T, K, at, first, kind, K,
                   int(x), kind, K, at + 4, int(out), _CUDA_R["F32"], stride, _COMPUTE_32F,
                   _DEFAULT_ALGORITHM)  # fmt: skip
 

@@ -33,3 +33,12 @@ INLINE void widen(uint4 w, float (&f)[VALUES]) {
 #endif
 
 #define VALUE_BYTES (16 / VALUES)
+
+/* Values number i, which is even, and i + 1 of an array in the weights' type. */
+INLINE void store2(void *array, i64 i, float first, float second) {
+#if WEIGHT == F32
+    *(float2 *)((float *)array + i) = make_float2(first, second);
+#else
+    *(u32 *)((u16 *)array + i) = pack2(first, second);
+#endif
+}

@@ -107,6 +107,9 @@ class Backend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...
 
+    def activation_type(self, rows: int, weights: Sequence[Matrix]) -> np.dtype[Any]:
+        """Of what linear_add reads, `rows` rows, with any of these weights: float32, or what it would round them to."""
+
     def upload(self, data: npt.NDArray[Any]) -> Array: ...
 
     def download(self, array: Array) -> npt.NDArray[Any]: ...
@@ -153,16 +156,19 @@ class Backend(Protocol):
     def prefill_attention(self, q: Array, k: Array, v: Array, start: int, window: int | None, out: Array) -> None:
         """Causal attention of query rows start..start+T over K and V rows 0..start+T-1 (row = position).
 
-        q (T, H, D) f32; k, v (G, S, D) f16; out (T, H*D) f32. Scale is D**-0.5. A key is visible when
-        0 <= query - key < window. Never a T x T buffer.
+        q (T, H, D) f32; k, v (G, S, D) f16; out (T, H*D) f32 or its activation_type. Scale is D**-0.5. A key is visible
+        when 0 <= query - key < window. Never a T x T buffer.
         """
 
     def linear_add(self, h: Array, weight: Matrix, bias: Array | None, x: Array) -> None:
-        """x (T, E) += h (T, I) @ weight.T + bias."""
+        """x (T, E) += h (T, I) @ weight.T + bias; h f32 or its activation_type."""
 
     def gate_up(self, x: Array, norm: Array, eps: float, gate: Matrix, up: Matrix, gate_bias: Array | None,
                 up_bias: Array | None, out: Array) -> None:
-        """out (T, I) = silu(n @ gate.T + gate_bias) * (n @ up.T + up_bias) with n = RMSNorm(x)."""
+        """out (T, I) = silu(n @ gate.T + gate_bias) * (n @ up.T + up_bias) with n = RMSNorm(x).
+
+        out: f32 or its activation_type.
+        """
 
     def logits(self, x: Array, norm: Array, eps: float, head: Matrix, out: Array) -> None:
         """out (T, V) f32 = RMSNorm(x) @ head.T."""

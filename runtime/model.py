@@ -10,12 +10,13 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.config import ModelConfig
 from runtime.rope import rope_tables
-from runtime.weights import Weights
+from runtime.weights import LayerWeights, Weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Model:
 
 @dataclass(frozen=True)
 class StepBuffers:
-    """What a step of T rows writes: x (T, E), q (T, H, D), attended (T, H*D), hidden (T, I), all float32."""
+    """What a step of T rows writes: x (T, E) and q (T, H, D), float32; attended (T, H*D) and hidden (T, I), of the type
+    in which the backend reads so many rows."""
 
     x: Array
     q: Array
@@ -42,11 +44,20 @@ class StepBuffers:
     hidden: Array
 
     @classmethod
-    def allocate(cls, config: ModelConfig, backend: Backend, rows: int, x: Array | None = None) -> StepBuffers:
-        return cls(backend.empty((rows, config.hidden_size), np.float32) if x is None else x,
-                   backend.empty((rows, config.n_heads, config.head_dim), np.float32),
-                   backend.empty((rows, config.n_heads * config.head_dim), np.float32),
-                   backend.empty((rows, config.intermediate_size), np.float32))
+    def allocate(cls, config: ModelConfig, backend: Backend, rows: int, layers: Sequence[LayerWeights] = (),
+                 **room: Array) -> StepBuffers:
+        """layers: those that will read attended and hidden; without them both are float32. room: buffers of more rows
+        by name, whose memory is taken where the type is the same."""
+
+        def buffer(name: str, width: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+            held = room.get(name)
+            return backend.empty((rows, *width), dtype) if held is None or held.dtype != dtype else held[:rows]
+
+        return cls(buffer("x", (config.hidden_size,)), buffer("q", (config.n_heads, config.head_dim)),
+                   buffer("attended", (config.n_heads * config.head_dim,),
+                          backend.activation_type(rows, [layer.wo for layer in layers])),
+                   buffer("hidden", (config.intermediate_size,),
+                          backend.activation_type(rows, [layer.down for layer in layers])))
 
 
 def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array,
@@ -56,12 +67,13 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
     Yields (steps done, steps in all) after each (layer, token tile). At the end logits (1, V) predict the first
     answer token: they come from the exact K and V, whatever the caches keep.
     """
-    config, backend = model.config, model.backend
+    config, backend, layers = model.config, model.backend, model.weights.layers
     n = len(ids)
-    tiles = [(start, min(start + tile, n)) for start in range(0, n, tile)]
-    rows = min(tile, n)
+    tiles = _tiles(n, tile)
     x = backend.empty((n, config.hidden_size), np.float32)
-    buffers = StepBuffers.allocate(config, backend, rows, x)
+    highest = StepBuffers.allocate(config, backend, max(end - start for start, end in tiles), layers, x=x)
+    heights = {1, *(end - start for start, end in tiles)}  # the last layer ends with one row
+    buffers = {rows: StepBuffers.allocate(config, backend, rows, layers, **vars(highest)) for rows in heights}
     k = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
     v = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
     positions = backend.upload(np.arange(n, dtype=np.int32))
@@ -70,20 +82,28 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
     for layer in range(config.n_layers):
         last = layer == config.n_layers - 1
         for start, end in tiles:
-            _project(model, layer, x[start:end], rope, positions[start:end], positions[start:end],
-                     buffers.q[: end - start], k, v)
+            q = buffers[end - start].q
+            _project(model, layer, x[start:end], rope, positions[start:end], positions[start:end], q, k, v)
             # Of the last layer only the last token's output is read; its K and V are needed for every token.
             first = n - 1 if last else start
             if first < end:
-                q, attended = buffers.q[first - start : end - start], buffers.attended[: end - first]
-                backend.prefill_attention(q, k, v, first, config.sliding_window, attended)
-                _finish_layer(model, layer, x[first:end], attended, buffers.hidden[: end - first])
+                attended, hidden = buffers[end - first].attended, buffers[end - first].hidden
+                backend.prefill_attention(q[first - start :], k, v, first, config.sliding_window, attended)
+                _finish_layer(model, layer, x[first:end], attended, hidden)
             done += 1
             if end == n:
                 for cache in caches:
                     cache.pack(layer, k, v)
             yield done, total
     backend.logits(x[n - 1 : n], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
+
+
+def _tiles(n: int, tile: int) -> list[tuple[int, int]]:
+    """0..n cut at multiples of `tile`; a short rest goes to the tile before, for few rows keep no device busy."""
+    starts = list(range(0, n, tile))
+    if len(starts) > 1 and 8 * (n - starts[-1]) < tile:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], n], strict=True))
 
 
 def decode_step(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:

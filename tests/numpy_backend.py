@@ -32,6 +32,9 @@ class NumpyBackend:
         return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if dtype == "BF16" else data.astype(
             np.float64)
 
+    def activation_type(self, rows, weights):
+        return np.dtype(np.float32)
+
     def vector(self, data, dtype):
         return self.matrix(data, dtype)
 

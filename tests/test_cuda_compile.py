@@ -33,7 +33,7 @@ def test_hopper_matrix_instructions_overlap():
     hopper = [tile for tile in attention.tiles(90) if tile.hopper]
     assert {tile.D for tile in hopper} == {64, 128}
     for tile in hopper:
-        assert "serialized" not in build.compiled(tile.spec, 90).with_suffix(".log").read_text()
+        assert "serialized" not in build.compiled(tile.spec(), 90).with_suffix(".log").read_text()
 
 
 @pytest.mark.parametrize("architecture", build.ARCHITECTURES)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'",
                            exc_type=ImportError)
 
+from kernels_cu import product  # noqa: E402
 from kernels_cu.errors import DeviceMemoryError, KernelError, NoDevice  # noqa: E402
 
 try:
@@ -204,6 +205,54 @@ def test_prefill_attention(T, before, spare, G, group, D, window, scale, process
         off = (1.5 * ROUNDING["F16"] * (np.abs(qq) @ np.abs(kk).T) * visible).max(-1, keepdims=True) + 2.0**-25 * D
         bound = np.expm1(2 * off) * (p @ np.abs(vv) + np.abs(expected)) + 2.0**-9 * (p @ np.abs(vv)) + 2.0**-24
         assert (np.abs(got[:, head] - expected) <= bound).all()
+
+
+def rounded(x, dtype):
+    """float32 to F16, beyond it +-65504, or BF16, as stored."""
+    if dtype == "F16":
+        return np.clip(x, -65504, 65504).astype(np.float16)
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+@many
+@given(
+    T=st.one_of(st.integers(17, 300), st.just(1000)),
+    H=st.integers(1, 3),
+    D=st.sampled_from([64, 80, 96, 128, 256]),
+    I=st.integers(1, 90).map(lambda n: 8 * n),
+    dtype=st.sampled_from(["F16", "BF16"]),
+    sums=st.sampled_from([10**4, 10**9]),  # bytes: several parts, one part
+    seed=seeds,
+)
+def test_activations_of_many_rows_are_rounded_once(T, H, D, I, dtype, sums, seed):  # noqa: E741
+    """In the weights' type operations write what rounding their float32 result gives, and read it as they would read
+    that: bit for bit."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.standard_normal((T, H, D)).astype(np.float32), up(rng.standard_normal((1, T, D)).astype(np.float16))
+    x, norm = rng.standard_normal((T, H * D)).astype(np.float32), up(np.ones(H * D, np.float32))
+    gate, up_matrix, down = (weights(rng, shape, dtype)[0] for shape in ((I, H * D), (I, H * D), (H * D, I)))
+    narrow = BACKEND.activation_type(T, [down, down])
+    assert narrow == rounded(x, dtype).dtype
+
+    def attend(out):
+        BACKEND.prefill_attention(up(q), k, k, 0, None, out)
+
+    def project(out):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(product, "_SUMS_BYTES", sums)
+            BACKEND.gate_up(up(x), norm, 1e-5, gate, up_matrix, None, None, out)
+
+    for operation, columns in ((attend, H * D), (project, I)):
+        wide, out = Guarded((T, columns)), BACKEND.empty((T, columns), narrow)
+        operation(wide.array)
+        operation(out)
+        expected = rounded(wide.check().astype(np.float32), dtype)
+        assert np.array_equal(BACKEND.download(out), expected)
+    hidden, wide_sum, narrow_sum = wide.array, up(x), up(x)
+    BACKEND.linear_add(hidden, down, None, wide_sum)
+    BACKEND.linear_add(up(expected), down, None, narrow_sum)
+    assert np.array_equal(BACKEND.download(narrow_sum), BACKEND.download(wide_sum))
 
 
 @many
