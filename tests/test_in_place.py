@@ -1,5 +1,6 @@
 """Mixed widths in place: the arena follows the document, holds the same codes, and attention reads the same values."""
 
+from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,7 +17,10 @@ from runtime.errors import PlanError
 from runtime.formats import block_bytes
 from runtime.plan import FP16, HIDDEN, DocumentShape, Plan, Tier, runs
 
-CPU = load_backend("cpu", threads=1)
+
+@cache
+def cpu():
+    return load_backend("cpu", threads=1)
 
 
 def plan_of(case: Case) -> Plan:
@@ -54,7 +58,7 @@ def test_attention_equals_the_float64_reference_on_decoded_values(case: Case) ->
     expected = attended(NumpyBackend(), case, plan.without_reordering())
     np.testing.assert_allclose(attended(NumpyBackend(), case, plan), expected, rtol=1e-6, atol=1e-6)
     bound = 2e-3 * max(1e-6, float(np.abs(case.arrays()[2].astype(np.float64)).max()))
-    np.testing.assert_allclose(attended(CPU, case, plan.without_reordering()), expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(attended(cpu(), case, plan.without_reordering()), expected, rtol=0, atol=bound)
 
 
 @several
@@ -95,7 +99,7 @@ def test_a_chunk_has_the_same_codes_wherever_it_lies(case: Case) -> None:
     plan = plan_of(case)
     blocks = []
     for each in (plan, plan.without_reordering()):
-        cache = filled(CPU, case, each)
+        cache = filled(cpu(), case, each)
         arena, found = np.asarray(cache.arena), {}
         for span, chunks in zip(cache.spans[0], each.stored(0), strict=True):
             for i, chunk in enumerate(chunks if span.n else ()):

@@ -11,7 +11,7 @@ lifting one rank by one tier (MILESTONES). A budget buys the longest prefix of i
 With a pairs file (cocktail.policies.pairs) the path begins with every layer at its own pair, and a step lifts a rank
 only in the layers whose pair is below the tier. All of the above holds, and each layer has counts of its own. Where the
 file leaves several trade-offs to choose from, the most accurate is taken with which the budget still lifts the best
-chunks as at the first of MILESTONES; a larger budget may then come to other pairs, which may take bits from some layer.
+chunks (FIRST_LIFTS); a larger budget may then come to other pairs, which may take bits from some layer.
 
 Equal scores: the earlier chunk first.
 """
@@ -68,10 +68,9 @@ MILESTONES = (
 )
 # Without any budget of the user's, a short document, whose FP16 sink alone takes most of 3.3 bits, still gets this mix.
 LEAST_BY_DEFAULT = 2
-# On pairs the base is theirs to choose, so a step lifts a chunk at once to where it pays; and a floor is affordable
-# when the lifts up to this milestone are. KL at 4.0 bpv: .0028, with all of LADDER .0036, pairs or tiers alone .005.
-LIFTS = (Tier(2, 2), Tier(4, 4), Tier(8, 8), FP16)
-LIFTS_FIRST = 1
+# Pairs are affordable as a floor when the lifts up to here are too: half way to the first milestone. Asking for all of
+# it takes so low a floor at 3 bpv that the KL doubles; from 3.3 on the choice of floor hardly matters.
+FIRST_LIFTS = 0.5
 
 
 class BudgetPolicy(Policy):
@@ -81,8 +80,7 @@ class BudgetPolicy(Policy):
     kv_bits: bits per value = context bytes * 8 / values of the stored context chunks (the sink in, the tail out;
         chunks hidden by a sliding window count on neither side).
     kv_budget: bytes of the whole arena, tail included; a number or text such as "200MiB".
-    tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher. All of LADDER
-        if not given, with pairs LIFTS.
+    tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher.
     shares: no budget but fixed shares of the ranked chunks for each of `tiers` but the first, as (0.1, 0.03).
     sink: leading chunks at FP16, outside the ranking but inside the budget.
     pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs): with pairs_bits the file's most accurate
@@ -108,7 +106,7 @@ class BudgetPolicy(Policy):
         self._by_default = not given
         self.kv_bits = kv_bits
         self.kv_budget = None if kv_budget is None else parse_bytes(kv_budget)
-        self.tiers = _tiers(tiers, LADDER if pairs is None else LIFTS, ladder_only=shares is None)
+        self.tiers = _tiers(tiers, ladder_only=shares is None)
         self.shares = None if shares is None else _shares(shares, self.tiers)
         self.sink = check_sink(sink)
         self.floors: tuple[LayerPairs | None, ...] = (load_pairs(pairs, pairs_bits),)  # most accurate first
@@ -121,7 +119,7 @@ class BudgetPolicy(Policy):
             return self._layout(shape, [int(ranked * sum(self.shares[i:]) + 0.5) for i in range(len(self.shares))],
                                 self.floors[0])
         boundaries, times = _path(self.tiers, ranked)
-        budget, first = self._context_budget(shape), int(np.searchsorted(times, LIFTS_FIRST, "right"))
+        budget, first = self._context_budget(shape), int(np.searchsorted(times, FIRST_LIFTS, "right"))
         for floor in self.floors:
             step = self._affordable(shape, boundaries, budget, floor)
             if step >= first:
@@ -278,9 +276,9 @@ def _chunk_bytes(shape: DocumentShape, tier: Tier, pairs: LayerPairs | None) -> 
 
 # Options.
 
-def _tiers(tiers: str | Sequence[Tier] | None, default: tuple[Tier, ...], ladder_only: bool) -> tuple[Tier, ...]:
+def _tiers(tiers: str | Sequence[Tier] | None, ladder_only: bool) -> tuple[Tier, ...]:
     if tiers is None:
-        return default
+        return LADDER
     parsed = tuple(Tier.parse(part.strip()) for part in tiers.split(",")) if isinstance(tiers, str) else tuple(tiers)
     names = ",".join(map(str, parsed))
     if not parsed or any(a == b or a.k_bits > b.k_bits or a.v_bits > b.v_bits for a, b in pairwise(parsed)):

@@ -7,7 +7,7 @@
 
 Policies take a file in one of two ways. `kvtuner` stores every chunk at its layer's pair. `cocktail` and `budget` take
 the pair as the layer's floor: a chunk whose tier is t is stored at max(t, pair), for K and for V by itself. Where every
-pair is K2V2 that is the policy without pairs, given the same tiers.
+pair is K2V2 that is the policy without pairs.
 """
 
 from __future__ import annotations
