@@ -229,8 +229,12 @@ def _step_bytes(model: Model, layout: Layout, steps: int) -> int:
 
 
 def _parts(model: Model, layout: Layout) -> dict[str, int]:
-    config, tokens = model.config, layout.prompt_tokens
-    tile_row = config.hidden_size + 2 * config.n_heads * config.head_dim + config.intermediate_size
+    config, backend, layers, tokens = model.config, model.backend, model.weights.layers, layout.prompt_tokens
+    heads, rows = config.n_heads * config.head_dim, min(tokens, backend.prefill_tile)
+    attended = backend.activation_type(rows, [layer.wo for layer in layers]).itemsize
+    hidden = backend.activation_type(rows, [layer.down for layer in layers]).itemsize
+    # Of one tile: q, what attention gives, what the MLP has in the middle.
+    tile = rows * ((4 + attended) * heads + hidden * config.intermediate_size)
     return {"weights": model.weights.nbytes, "packed cache": ArenaLayout(layout).nbytes,
             "one layer's K and V": 2 * 2 * config.n_kv_heads * config.head_dim * tokens,
-            "activations": 4 * (tokens * config.hidden_size + min(tokens, model.backend.prefill_tile) * tile_row)}
+            "activations": 4 * tokens * config.hidden_size + tile}

@@ -23,8 +23,8 @@ import cupy
 import numpy as np
 
 from bench.attention import DISTINCT, copy_rate, median_ms
-from bench.report import describe_run, emit, print_table, progress, verdict
 from bench.gpu import SHAPES, random_matrix, release
+from bench.report import describe_run, emit, print_table, progress, verdict
 from kernels_cu.backend import CudaBackend
 from kernels_cu.build import in_order
 
