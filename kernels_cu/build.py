@@ -175,7 +175,8 @@ def _load(spec: Spec, device: int, dynamic_shared: int) -> Kernel:
     if shared > limit:
         raise KernelError(f"{spec} needs {shared:,} bytes of shared memory; this GPU gives a block {limit:,}")
     if dynamic_shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = dynamic_shared
+        # All there is: CuPy loads a cubin once, so that this may be the function of a launch that needs more.
+        function.max_dynamic_shared_size_bytes = limit - function.shared_size_bytes
     waits = "wait_for_predecessor();" in _text(spec.source)
     able = architecture_of(device) >= _EARLY_ARCHITECTURE and cupy.cuda.runtime.driverGetVersion() >= _EARLY_DRIVER
     return Kernel(function, waits and able)

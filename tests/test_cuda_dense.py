@@ -394,15 +394,15 @@ def test_a_captured_step_follows_device_memory():
 @pytest.mark.parametrize("T", [1, 9])
 def test_starting_early_changes_nothing(T):
     """A chain of products that each need the one before, large enough that kernels do overlap."""
-    rng, E, I = np.random.default_rng(T), 1024, 2816  # noqa: E741
+    rng, E, I = np.random.default_rng(T), 2048, 2816  # noqa: E741
     table, norm = weights(rng, (T, E), "F16")[0], up(np.ones(E, np.float32))
-    layers = [[weights(rng, shape, "F16", E**-0.5)[0] for shape in ((I, E), (I, E), (E, I))] for _ in range(12)]
+    layers = [[weights(rng, shape, "F16", E**-0.5)[0] for shape in ((I, E), (I, E), (E, I))] for _ in range(4)]
     head, ids = weights(rng, (E, E), "F16")[0], up(np.arange(T, dtype=np.int32))
     x, hidden, out = (BACKEND.empty((T, n), np.float32) for n in (E, I, E))
 
     def step():
         BACKEND.embed(ids, table, x)
-        for gate, up_matrix, down in layers:
+        for gate, up_matrix, down in layers * 3:
             BACKEND.gate_up(x, norm, 1e-5, gate, up_matrix, None, None, hidden)
             BACKEND.linear_add(hidden, down, None, x)
         BACKEND.logits(x, norm, 1e-5, head, out)
