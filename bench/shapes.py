@@ -109,10 +109,7 @@ def main(arguments: Sequence[str] | None = None, figures: Sequence[str] = FIGURE
         print_scorers(scored)
     emit({"bench": command, "run": describe_run(), "device": device, "model": name,
           "context_tokens": args.context_tokens, "rates": rates, "weights": weights, "kernels": kernels,
-          "cases": [asdict(case) for case in cases],
-          "scorers": {key: {"alone": alone, **asdict(case)} for key, (alone, case) in scored.items()},
-          "transformers": {key: value if isinstance(value, str) else asdict(value) for key, value in peers.items()}},
-         args.json)
+          "cases": [asdict(case) for case in cases], **record_of(scored, peers)}, args.json)
 
 
 def model_of(args: argparse.Namespace, backend: CudaBackend) -> tuple[str, Model]:
@@ -213,6 +210,12 @@ def print_scorers(scored: dict[str, tuple[float, Case]]) -> None:
         rows.append((name, f"{1e3 * alone:.1f}", f"{alone / ttft:.1%}", f"{1e3 * score:.1f}", f"{1e3 * wait:.1f}",
                      f"{wait / ttft:.1%}", f"{ttft:.3f}"))
     print_table(("scorer", "alone ms", "of TTFT", "behind layer 0: ms", "waited for, ms", "of TTFT", "TTFT s"), rows)
+
+
+def record_of(scored: dict[str, tuple[float, Case]], peers: Peers) -> dict[str, Any]:
+    """For the closing JSON."""
+    return {"scorers": {name: {"alone": alone, **asdict(case)} for name, (alone, case) in scored.items()},
+            "transformers": {name: found if isinstance(found, str) else asdict(found) for name, found in peers.items()}}
 
 
 def _beside(case: str, figure: str, peers: Peers) -> str:
