@@ -18,7 +18,8 @@ from kernels_c.threads import default_threads
 
 Draws = Any  # runtime.backend.Draws
 
-_OPERATIONS = ("embed", "qkv", "prefill_attention", "linear_add", "gate_up", "logits", "sample")
+_OPERATIONS = ("embed", "qkv", "prefill_attention", "linear_add", "gate_up", "logits", "sample",
+               "attention_mass")
 
 
 class CpuBackend(CacheOps):
@@ -40,7 +41,7 @@ class CpuBackend(CacheOps):
         lib.pool_set_threads(self.threads, self.streaming_threads)
         compiled = [operation(name, self.isa) for name in _OPERATIONS]
         self._embed, self._qkv, self._prefill_attention, self._linear_add, self._gate_up, *compiled = compiled
-        self._logits, self._sample = compiled
+        self._logits, self._sample, self._attention_mass = compiled
         super().__init__()
 
     def kernels(self) -> dict[str, str]:
@@ -143,11 +144,7 @@ class CpuBackend(CacheOps):
     def prefill_attention(self, q: Buffer, k: Buffer, v: Buffer, start: int, window: int | None, out: Buffer) -> None:
         (T, H, D), (G, S, _) = q.shape, k.shape
         _check_head_dim(D)
-        if H % G or not 0 <= start <= S - T or (window is not None and window < 1):
-            raise KernelError(
-                f"prefill_attention: {H} query heads over {G} KV heads, rows {start}..{start + T} of {S} and window "
-                f"{window} do not fit: heads must divide, rows must exist and a window is at least 1"
-            )
+        _check_rows("prefill_attention", T, H, G, S, start, window)
         status = self._prefill_attention(
             pointer("q", q, (T, H, D), F32),
             pointer("k", k, (G, S, D), F16),
@@ -162,6 +159,30 @@ class CpuBackend(CacheOps):
             window or S,
         )
         check(status, "prefill_attention")
+
+    def attention_mass(self, q: Buffer, k: Buffer, start: int, window: int | None, first: int, chunk: int,
+                       out: Buffer) -> None:  # fmt: skip
+        (T, H, D), (G, S, _), N = q.shape, k.shape, out.shape[1]
+        _check_head_dim(D)
+        _check_rows("attention_mass", T, H, G, S, start, window)
+        if chunk < 1 or first < 0 or first + N * chunk > S:
+            raise KernelError(f"attention_mass: {N} chunks of {chunk} from row {first} on do not lie in {S} rows")
+        status = self._attention_mass(
+            pointer("q", q, (T, H, D), F32),
+            pointer("k", k, (G, S, D), F16),
+            pointer("out", out, (G, N), F32),
+            T,
+            H,
+            G,
+            D,
+            S,
+            start,
+            window or S,
+            first,
+            chunk,
+            N,
+        )
+        check(status, "attention_mass")
 
     def linear_add(self, h: Buffer, weight: Matrix, bias: Buffer | None, x: Buffer) -> None:
         (T, K), E = h.shape, weight.shape[0]
@@ -232,3 +253,11 @@ class CpuBackend(CacheOps):
 def _check_head_dim(D: int) -> None:
     if D % 8 or not 0 < D <= 256:
         raise KernelError(f"head_dim must be a multiple of 8 up to 256, but is {D}")
+
+
+def _check_rows(operation: str, T: int, H: int, G: int, S: int, start: int, window: int | None) -> None:
+    if H % G or not 0 <= start <= S - T or (window is not None and window < 1):
+        raise KernelError(
+            f"{operation}: {H} query heads over {G} KV heads, rows {start}..{start + T} of {S} and window {window} do "
+            "not fit: heads must divide, rows must exist and a window is at least 1"
+        )

@@ -29,6 +29,7 @@ from kernels_cu.arrays import (
     wide_address,
 )  # fmt: skip
 from kernels_cu.attention import HEAD_DIMS, Tile, prefill_attention
+from kernels_cu.attention_mass import attention_mass
 from kernels_cu.build import architecture_of, current_device, import_cupy, kernel
 from kernels_cu.cache_ops import CacheOps
 from kernels_cu.ends import ADVANCE, EMBED, MAX_VOCABULARY, SAMPLE
@@ -40,6 +41,7 @@ Draws = Any  # runtime.backend.Draws
 
 _OPERATIONS = {
     "embed": "embed", "qkv": "gemv, panel, cuBLAS", "prefill_attention": "prefill_attention",
+    "attention_mass": "mass_rows, mass_chunks",
     "linear_add": "gemv, panel, cuBLAS", "gate_up": "gemv, panel, cuBLAS", "logits": "gemv, panel, cuBLAS",
     "sample": "sample", "advance": "advance",
 }  # fmt: skip
@@ -180,16 +182,23 @@ class CudaBackend(CacheOps):
     def prefill_attention(self, q: Array, k: Array, v: Array, start: int, window: int | None, out: Array) -> None:
         (T, H, D), (G, S, _) = q.shape, k.shape
         _check_head_dim(D)
-        if H % G or not 0 <= start <= S - T or (window is not None and window < 1):
-            raise KernelError(
-                f"prefill_attention: {H} query heads over {G} KV heads, rows {start}..{start + T} of {S} and window "
-                f"{window} do not fit: heads must divide, rows must exist and a window is at least 1"
-            )
+        _check_rows("prefill_attention", T, H, G, S, start, window)
         out_type = _stored_type("out", out)
         tile = Tile.of(self.architecture, D, T, fill=128 * self._processors // H)
         prefill_attention(tile, wide_address("q", q, (T, H, D), F32), wide_address("k", k, (G, S, D), F16),
                           wide_address("v", v, (G, S, D), F16), wide_address("out", out, (T, H * D), out.dtype),
                           T, H, G, S, start, window, out_type)  # fmt: skip
+
+    def attention_mass(self, q: Array, k: Array, start: int, window: int | None, first: int, chunk: int,
+                       out: Array) -> None:  # fmt: skip
+        (T, H, D), (G, S, _), N = q.shape, k.shape, out.shape[1]
+        _check_head_dim(D)
+        _check_rows("attention_mass", T, H, G, S, start, window)
+        if chunk < 1 or first < 0 or first + N * chunk > S:
+            raise KernelError(f"attention_mass: {N} chunks of {chunk} from row {first} on do not lie in {S} rows")
+        attention_mass(wide_address("q", q, (T, H, D), F32), wide_address("k", k, (G, S, D), F16),
+                       address("out", out, (G, N), F32), T, H, G, S, D, start, window, first, chunk, N,
+                       self._processors)  # fmt: skip
 
     def linear_add(self, h: Array, weight: Matrix, bias: Array | None, x: Array) -> None:
         (T, K), E = h.shape, weight.shape[0]
@@ -300,3 +309,11 @@ def _stored_type(name: str, array: Array) -> str:
 def _check_head_dim(D: int) -> None:
     if D not in HEAD_DIMS:
         raise KernelError(f"head_dim must be one of {HEAD_DIMS} on the GPU, but is {D}; use --backend cpu")
+
+
+def _check_rows(operation: str, T: int, H: int, G: int, S: int, start: int, window: int | None) -> None:
+    if H % G or not 0 <= start <= S - T or (window is not None and window < 1):
+        raise KernelError(
+            f"{operation}: {H} query heads over {G} KV heads, rows {start}..{start + T} of {S} and window {window} do "
+            "not fit: heads must divide, rows must exist and a window is at least 1"
+        )

@@ -160,6 +160,15 @@ class Backend(Protocol):
         when 0 <= query - key < window. Never a T x T buffer.
         """
 
+    def attention_mass(self, q: Array, k: Array, start: int, window: int | None, first: int, chunk: int,
+                       out: Array) -> None:
+        """out (G, N) f32: how much of the attention of the query rows start..start+T-1 each chunk of keys gets.
+
+        q (T, H, D) f32; k (G, S, D) f16, visible as in prefill_attention. Chunk n holds the `chunk` keys from row
+        first + n * chunk on; its mass is the sum of the softmax's probabilities over its keys, the rows and the
+        H / G query heads of the KV head. Probabilities are not kept.
+        """
+
     def linear_add(self, h: Array, weight: Matrix, bias: Array | None, x: Array) -> None:
         """x (T, E) += h (T, I) @ weight.T + bias; h f32 or its activation_type."""
 

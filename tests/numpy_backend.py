@@ -95,6 +95,17 @@ class NumpyBackend:
             out[:, head * q.shape[-1] : (head + 1) * q.shape[-1]] = _softmax(
                 np.where(visible, scores, -np.inf)) @ v[head // group, keys].astype(np.float64)
 
+    def attention_mass(self, q, k, start, window, first, chunk, out):
+        age = np.arange(start, start + len(q))[:, None] - np.arange(start + len(q))[None]
+        visible = (age >= 0) & (age < (window or age.size))
+        group, N = q.shape[1] // k.shape[0], out.shape[1]
+        out[:] = 0
+        for head in range(q.shape[1]):
+            scores = q[:, head].astype(np.float64) @ k[head // group, : start + len(q)].astype(np.float64).T
+            p = _softmax(np.where(visible, scores * q.shape[-1] ** -0.5, -np.inf)).sum(axis=0)
+            p = np.append(p, np.zeros(k.shape[1] - len(p)))[first : first + N * chunk]
+            out[head // group] += p.reshape(N, chunk).sum(axis=1)
+
     def linear_add(self, h, weight, bias, x):
         x += _linear(h, weight, bias)
 

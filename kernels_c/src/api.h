@@ -13,6 +13,8 @@ int FN(qkv)(const float *x, const float *norm, float eps, const matrix *wq, cons
             uint16_t *k, uint16_t *v, int64_t T);
 int FN(prefill_attention)(const float *q, const uint16_t *k, const uint16_t *v, float *out, int64_t T, int64_t H,
                           int64_t G, int64_t D, int64_t S, int64_t start, int64_t window);
+int FN(attention_mass)(const float *q, const uint16_t *k, float *out, int64_t T, int64_t H, int64_t G, int64_t D,
+                       int64_t S, int64_t start, int64_t window, int64_t first, int64_t chunk, int64_t N);
 int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
                float penalty, const int32_t *seen, int64_t n_seen, double uniform);
 

@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "qkv.h"
 #include "prefill.h"
+#include "mass.h"
 #include "sample.h"
 
 #include "lanes.h"

@@ -57,14 +57,20 @@ static void load_queries(const prefill_call *call, const prefill_work *work, int
     }
 }
 
-/* Keys and values key.. (n of them, at most KEYS) as float32; zero beyond n, so that 0 * V stays 0. */
-static void load_block(const prefill_call *call, const prefill_work *work, int64_t g, int64_t key, int64_t n) {
+/* Keys key.. (n of them, at most KEYS) as float32; zero beyond n. */
+static void load_keys(const prefill_call *call, const prefill_work *work, int64_t g, int64_t key, int64_t n) {
     int64_t D = call->D;
-    const uint16_t *k = call->k + (g * call->S + key) * D, *v = call->v + (g * call->S + key) * D;
+    const uint16_t *k = call->k + (g * call->S + key) * D;
     for (int64_t j = 0; j < KEYS; j += VL) {
         int rows = (int)MAX(0, MIN(VL, n - j));
         pack_transposed(k + (rows ? j * D : 0), D, rows, F16, 0, D, work->k + j / NR * NR * D + j % NR, NR);
     }
+}
+
+/* The values; zero beyond n, so that 0 * V stays 0. */
+static void load_values(const prefill_call *call, const prefill_work *work, int64_t g, int64_t key, int64_t n) {
+    int64_t D = call->D;
+    const uint16_t *v = call->v + (g * call->S + key) * D;
     for (int64_t j = 0; j < KEYS; j++) {
         float *row = work->v + j * work->width;
         int64_t d = 0;
@@ -139,7 +145,8 @@ static void prefill_task(void *ctx, int64_t i) {
     for (int64_t m = 0; m < work.M; m++) work.maximum[m] = NO_MAXIMUM, work.sum[m] = 0;
     int64_t position = call->start + first, end = position + tokens;
     for (int64_t key = MAX(0, position - call->window + 1) / KEYS * KEYS; key < end; key += KEYS) {
-        load_block(call, &work, g, key, MIN(KEYS, end - key));
+        load_keys(call, &work, g, key, MIN(KEYS, end - key));
+        load_values(call, &work, g, key, MIN(KEYS, end - key));
         prefill_block(call, &work, position, tokens, key);
     }
     for (int64_t m = 0; m < tokens * group; m++) {
