@@ -1,7 +1,7 @@
 # make demo      ask the demo model a question about examples/; everything it needs is made on the way, once
 # make test      install the test extras and pass every test
-# make test-gpu  the CUDA kernels' tests with many examples on this machine's GPU; compiles for long, once
-# make sanitize  the same with few examples under compute-sanitizer: memcheck, then racecheck
+# make test-gpu  the CUDA kernels' tests with many examples on this machine's GPU; ends with tables of what they covered
+# make sanitize  the same with few examples and small shapes under compute-sanitizer: memcheck and racecheck
 # make check     ruff and mypy
 # make bench     quality and speed on the demo model
 # make clean     remove what was built; the virtual environment and the models go with `make distclean`
@@ -22,9 +22,9 @@ BUILD   := pyproject.toml setup.py $(wildcard kernels_c/build.py kernels_c/src/*
 CONTEXT  := examples/handbook.txt
 QUESTION := What is the access code of the boathouse?
 
-EXAMPLES          ?= 700
-SANITIZE_EXAMPLES ?= 5
-JOBS              ?= 8
+EXAMPLES          ?= 800
+SANITIZE_EXAMPLES ?= 8
+JOBS              ?= $(shell nproc)
 CUDA              ?= cuda13
 SANITIZER         ?= compute-sanitizer
 SANITIZER_TOOLS   ?= memcheck racecheck
@@ -48,24 +48,19 @@ bench: $(VENV)/.test $(DEMO)
 	$(RUN) -m bench.quality
 	$(RUN) -m bench.decode --backend cpu
 
-# Packing, decode attention and prefill attention are a property each: 3 x EXAMPLES.
+# Packing, decode attention and prefill attention are a property each: 3 x EXAMPLES; every other property takes a fifth.
 GPU_TESTS := $(filter-out tests/test_cuda_compile.py,$(wildcard tests/test_cuda_*.py))
-GPU_READY := $(if $(filter command line,$(origin RUN)),,$(VENV)/.gpu)
+GPU_READY := $(if $(filter command line,$(origin RUN)),,$(VENV)/.gpu $(DEMO))
+GPU_ENV   := OMP_NUM_THREADS=1 COCKTAIL_DEMO_MODEL="$${COCKTAIL_DEMO_MODEL:-$(abspath $(DEMO))}"
 
 test-gpu: $(GPU_READY) | .has-gpu
-	COCKTAIL_EXAMPLES=$(EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(EXAMPLES) \
-	  $(RUN) -m $(PYTEST) -n $(JOBS) --durations=5 $(GPU_TESTS)
+	$(GPU_ENV) COCKTAIL_EXAMPLES=$(EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$$(($(EXAMPLES) / 5)) \
+	  $(RUN) -m $(PYTEST) -n $(JOBS) --dist worksteal --durations=5 $(GPU_TESTS)
 
-# Every allocation by itself, not from CuPy's pool, or memcheck would take the neighbour's bytes for the array's. Left out:
-# the tests of every specialisation (compile time, no new code) and the one that runs out of memory on purpose, which
-# memcheck reports.
 sanitize: $(GPU_READY) | .has-gpu
-	for tool in $(SANITIZER_TOOLS); do \
-	  COCKTAIL_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(SANITIZE_EXAMPLES) \
-	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(RUN) -c "import sys, cupy, pytest; \
-	    cupy.cuda.set_allocator(None); sys.exit(pytest.main(sys.argv[1:]))" \
-	    -k "not every and not out_of_memory" $(GPU_TESTS) || exit 1; \
-	done
+	$(GPU_ENV) COCKTAIL_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_LARGE=0 \
+	  $(RUN) tests/sanitize.py --sanitizer $(SANITIZER) --tools $(SANITIZER_TOOLS) --jobs $(JOBS) \
+	  $(GPU_TESTS) -k "not every and not long and not oracle and not behind and not demo"
 
 # Without a GPU the tests would be skipped and look passed.
 .PHONY: .has-gpu

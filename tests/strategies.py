@@ -1,19 +1,22 @@
 """What hypothesis draws for the cache operations: shapes, widths, layouts and hostile values.
 
 COCKTAIL_EXAMPLES (default 120) is the number of examples per property and instruction set. Values come from a drawn
-seed and a drawn kind, so that an example is small and its arrays are not.
+seed and a drawn kind, so that an example is small and its arrays are not. What the properties tried is counted here and
+printed at the end of a run (conftest.py).
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from runtime.plan import FP16, HIDDEN, Layout, Tier, hidden_chunks
@@ -23,11 +26,39 @@ LONG = 8192  # tokens; at least one case in twenty is longer
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = ("normal", "constant", "outliers", "denormals", "zeros", "largest", "one token", "steps")
 
-#: (k_bits, v_bits, head_dim, group) -> attention cases that read such a chunk; "long" and "cases" beside them.
-COVERAGE: Counter[Any] = Counter()
+SHARDS = 32  # tests that a property is spread over, so that several processes can share its examples
+
+#: (property, "examples"), (property, "long") and (property, "cell", value of each of its axes) -> examples.
+TRIED: Counter[tuple[Any, ...]] = Counter()
+NOTES: dict[str, str] = {}  # title -> text, printed after the tests
 
 several = settings(max_examples=EXAMPLES, deadline=None,
                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def spread(*drawn: st.SearchStrategy[Any], examples: int,
+           **named: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[[int], None]]:
+    """hypothesis.given as up to SHARDS tests that draw different examples, `examples` in all, the same in every run."""
+    shards = max(1, min(SHARDS, examples // 8))  # the first example that hypothesis draws is always the smallest
+
+    def decorate(check: Callable[..., None]) -> Callable[[int], None]:
+        @pytest.mark.parametrize("shard", range(shards))
+        def test(shard: int) -> None:
+            share = settings(several, max_examples=-(-(examples - shard) // shards), database=None)
+            seed(shard)(share(given(*drawn, **named)(check)))()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
+def count(name: str, cells: Iterable[tuple[Any, ...]], tokens: int) -> None:
+    """Enter one example of a property: what it covered (a value per axis, see conftest.py) and its length."""
+    TRIED[name, "examples"] += 1
+    TRIED[name, "long"] += tokens > LONG
+    for cell in cells:
+        TRIED[name, "cell", *cell] += 1
 
 tiers = st.builds(Tier, st.sampled_from(WIDTHS), st.sampled_from(WIDTHS))
 real_head_dims = st.sampled_from((64, 80, 96, 128, 256))
@@ -128,10 +159,9 @@ def cases(draw: st.DrawFn, only: Tier | None = None) -> Case:
 dense_cases = cases(only=FP16)
 
 
-def count(case: Case) -> None:
-    """Enter a case in the coverage table."""
-    COVERAGE["cases"] += 1
-    COVERAGE["long"] += case.tokens > LONG
-    for tier, n in zip(case.layout.tiers, case.layout.counts[0], strict=True):
-        if n and tier != HIDDEN:
-            COVERAGE[tier.k_bits, tier.v_bits, case.layout.head_dim, case.group] += 1
+
+def cells(case: Case) -> list[tuple[int, int, int, int]]:
+    """(K bits, V bits, head_dim, group) of every kind of chunk that the case reads."""
+    layout = case.layout
+    return [(tier.k_bits, tier.v_bits, layout.head_dim, case.group)
+            for tier, n in zip(layout.tiers, layout.counts[0], strict=True) if n and tier != HIDDEN]

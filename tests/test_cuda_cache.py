@@ -2,7 +2,7 @@
 
 Two references, two budgets: what a format loses is in the decoded values that the reference attends to; what the
 kernel loses on top must stay within what FP16 operands cost (tolerance below). Needs a GPU; COCKTAIL_EXAMPLES sets how
-many examples each property tries.
+many examples each property tries, COCKTAIL_LARGE=0 leaves out long sequences (for compute-sanitizer).
 """
 
 import os
@@ -10,8 +10,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from cuda_kernels import CHUNKS, CODED, WIDTHS, configurations
 from hypothesis import strategies as st
+from strategies import LONG, count, seeds, spread
 
 from kernels_cu import layout as cuda_layout
 from runtime import formats
@@ -20,12 +21,16 @@ from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT
 from runtime.plan import DocumentShape, Tier
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-CODED = (2, 3, 4, 8)
 POISON = 0xA5
-EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "60"))
-SETTINGS = settings(max_examples=EXAMPLES, deadline=None, derandomize=True,
-                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-seeds = st.integers(0, 2**32 - 1)
+EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "64"))
+LARGE = os.environ.get("COCKTAIL_LARGE", "1") != "0"
+pytestmark = pytest.mark.usefixtures("gpu", "compiled")
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Before anything is compiled: skips where there is no GPU."""
+    return make_backend()
 
 
 @cache
@@ -187,60 +192,27 @@ def check_packed(sequence):
     assert (arena[~touched] == POISON).all()
 
 
-def configurations(n=48):
-    """(head_dim, group, chunk, tiers, windowed), a fixed choice that covers all values of each and all pairs of widths:
-    kernels are specialised for these, so that examples drawn from them need few compilations."""
-    rng = np.random.default_rng(0)
-    widths = [(k, v) for k in (*CODED, 16) for v in (*CODED, 16)]
-    axes = (HEAD_DIMS, range(1, 17), (32, 8, 16, 24, 40, 64), (False, True))
-    columns = [np.concatenate([rng.permutation(axis) for _ in range(-(-n // len(axis)))])[:n] for axis in axes]
-    pairs = np.concatenate([rng.permutation(widths) for _ in range(-(-3 * n // len(widths)))])
-    chosen = []
-    for i, (head_dim, group, chunk, windowed) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        tiers = tuple(dict.fromkeys(map(tuple, pairs[3 * i : 3 * i + 1 + i % 3].tolist())))
-        chosen.append((head_dim, group, 32 if i % 2 else chunk, tiers, windowed))
-    return chosen
-
-
-def compile_cover():
-    """The kernels of all configurations."""
-    from kernels_cu.cache_ops import attention_spec, merge_spec, pack_spec
-
-    specs = {merge_spec(head_dim) for head_dim in HEAD_DIMS}
-    for head_dim, group, chunk, tiers, windowed in configurations():
-        specs.add(attention_spec(head_dim, group, chunk, frozenset(tiers), windowed)[0])
-        specs |= {pack_spec(is_k, tier[not is_k], chunk, head_dim)[0] for tier in tiers for is_k in (True, False)}
-    return sorted(specs, key=str)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """The kernels of all configurations, compiled in parallel."""
-    make_backend()
-    from kernels_cu.build import compile_all
-
-    compile_all(compile_cover())
-
-
 @st.composite
 def sequences(draw, max_chunks):
-    """A group and the arguments of a Sequence."""
+    """A group and the arguments of a Sequence; one in eight is longer than LONG tokens."""
     head_dim, group, chunk, tiers, windowed = draw(st.sampled_from(configurations()))
-    limit = max_chunks * (12 if draw(st.integers(0, 15)) == 7 else 1)  # some long sequences
+    long = LARGE and draw(st.integers(0, 7)) == 5  # hypothesis draws the ends of a range too often
+    counts = [draw(st.integers(1, max_chunks)) + long * -(-LONG // (chunk * len(tiers))) for _ in tiers]
     return group, {
-        "seed": draw(seeds), "tiers": tiers, "counts": [draw(st.integers(0, limit)) for _ in tiers], "chunk": chunk,
-        "head_dim": head_dim, "kv_heads": draw(st.integers(1, 3)), "prefix": draw(st.integers(0, 40)),
+        "seed": draw(seeds), "tiers": tiers, "counts": counts, "chunk": chunk, "head_dim": head_dim,
+        "kv_heads": 1 if long else draw(st.integers(1, 3)), "prefix": draw(st.integers(0, 40)),
         "suffix": draw(st.integers(1, 70)), "max_new": draw(st.integers(1, 300)),
         "spread": draw(st.sampled_from((0, 1, 1, 1, 2))),
-        "window": draw(st.integers(1, 400 * (1 + limit // max_chunks))) if windowed else None,
+        "window": draw(st.integers(1, chunk * sum(counts) + 100)) if windowed else None,
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("compiled")
-@SETTINGS
-@given(sequences(max_chunks=4))
+@spread(sequences(max_chunks=4), examples=EXAMPLES)
 def test_packing_equals_the_reference(case):
     sequence = Sequence(**case[1])
+    layout = sequence.layout
+    count("packing", {(kind, bits, layout.head_dim, layout.chunk) for tier in case[1]["tiers"]
+                      for kind, bits in zip("KV", tier, strict=True)}, layout.prompt_tokens)
     sequence.pack()
     check_packed(sequence)
 
@@ -248,7 +220,7 @@ def test_packing_equals_the_reference(case):
 @pytest.mark.parametrize("bits", CODED)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_packing_of_every_chunk_size(head_dim, bits):
-    for chunk in (8, 16, 24, 32, 40, 64, 96):
+    for chunk in CHUNKS:
         sequence = Sequence(bits * chunk, [(bits, bits)], [3], chunk, head_dim, kv_heads=2)
         sequence.pack()
         check_packed(sequence)
@@ -262,39 +234,42 @@ def assert_close(sequence, out, q):
     assert worst <= 2, f"error {error.max():.3g} is {worst:.2f} times what FP16 operands cost"
 
 
-def long_case(head_dim, tiers, counts, **more):
-    return {"seed": 1, "tiers": tiers, "counts": counts, "chunk": 32, "head_dim": head_dim, "kv_heads": 2, "prefix": 5,
-            "suffix": 20, "max_new": 100, **more}
-
-
-@pytest.mark.usefixtures("compiled")
-@SETTINGS
-@given(sequences(max_chunks=6), st.sampled_from((0.0, 0.3, 1.0, 4.0)))
-@example((4, long_case(128, [(3, 2), (4, 4), (16, 16)], [300, 40, 16])), 1.0)
-@example((3, long_case(64, [(2, 8), (8, 3)], [150, 150], window=3000)), 1.0)
+@spread(sequences(max_chunks=6), st.sampled_from((0.0, 0.3, 1.0, 4.0)), examples=EXAMPLES)
 def test_attention_equals_float64_on_decoded_values(case, q_scale):
     group, arguments = case
     sequence = Sequence(**arguments)
+    count("decode attention", [(*tier, arguments["head_dim"], group) for tier in arguments["tiers"]], sequence.tokens)
     outs, q = sequence.attend(group, q_scale, repeats=2)
     assert np.array_equal(outs[0], outs[1]), "two runs differ"
     assert_close(sequence, outs[0], q)
 
 
-@pytest.mark.parametrize("group", range(1, 17))
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_group_and_head_dim(head_dim, group):
-    sequence = Sequence(group, [(3, 2), (4, 4), (16, 16)], [9, 4, 2], 32, head_dim, kv_heads=2, prefix=3, suffix=9)
+@pytest.mark.parametrize("configuration", configurations(), ids=lambda c: f"D{c.head_dim}-x{c.group}-C{c.chunk}")
+def test_every_configuration(configuration):
+    head_dim, group, chunk, tiers, windowed = configuration
+    sequence = Sequence(group, tiers, [9, 4, 2, 1, 3][: len(tiers)], chunk, head_dim, kv_heads=2, prefix=3, suffix=9,
+                        window=8 * chunk if windowed else None)
     (out,), q = sequence.attend(group)
     assert_close(sequence, out, q)
 
 
-@pytest.mark.parametrize("v_bits", (*CODED, 16))
-@pytest.mark.parametrize("k_bits", (*CODED, 16))
-def test_every_pair_of_widths(k_bits, v_bits):
-    for head_dim, chunk in ((128, 32), (80, 40), (64, 32), (96, 8)):
-        sequence = Sequence(k_bits, [(k_bits, v_bits)], [21], chunk, head_dim, kv_heads=2, prefix=3, suffix=9)
-        (out,), q = sequence.attend(4)
-        assert_close(sequence, out, q)
+@pytest.mark.parametrize("v_bits", WIDTHS)
+@pytest.mark.parametrize("k_bits", WIDTHS)
+def test_every_pair_of_widths_alone(k_bits, v_bits):
+    sequence = Sequence(k_bits, [(k_bits, v_bits)], [21], 32, 128, kv_heads=2, prefix=3, suffix=9)
+    (out,), q = sequence.attend(4)
+    assert_close(sequence, out, q)
+
+
+@pytest.mark.parametrize(("group", "head_dim", "tiers", "counts", "window"), [
+    (4, 128, [(3, 2), (4, 4), (16, 16)], [300, 40, 16], None),
+    (8, 128, [(3, 2), (4, 4), (16, 16)], [1000, 100, 60], None),
+    (3, 64, [(2, 8), (8, 3)], [150, 150], 3000),
+])  # fmt: skip
+def test_long_sequences(group, head_dim, tiers, counts, window):
+    sequence = Sequence(1, tiers, counts, 32, head_dim, kv_heads=2, prefix=5, suffix=20, max_new=100, window=window)
+    (out,), q = sequence.attend(group)
+    assert_close(sequence, out, q)
 
 
 @pytest.mark.parametrize("tokens", (1, 15, 16, 17, 200, 1000))

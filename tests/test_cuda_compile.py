@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'", exc_type=ImportError)
 
-import test_cuda_cache
+from cuda_kernels import compile_cover
 
-from kernels_cu import attention, build, ends, linear
+from kernels_cu import attention, build
 from kernels_cu.errors import ArchitectureTooOld, KernelError, NoDevice
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block may have
@@ -17,8 +17,8 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  #
 
 @pytest.mark.parametrize("architecture", build.ARCHITECTURES)
 def test_everything_compiles_without_spills(architecture, capsys):
-    specs = dict.fromkeys((*linear.compile_cover(), *attention.compile_cover(architecture), *ends.compile_cover(),
-                           *test_cuda_cache.compile_cover()))
+    """Of decode attention's configurations the newest architecture takes all, the others a third, for time's sake."""
+    specs = list(compile_cover(architecture, 1 if architecture == build.ARCHITECTURES[-1] else 3))
     build.compile_all(specs, architecture)
     usages = {spec: build.usage(spec, architecture) for spec in specs}
     with capsys.disabled():

@@ -9,8 +9,9 @@ import os
 import numpy as np
 import pytest
 from dense_ref import drawn, hostile, norm64, stored
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from mass_ref import mass_arrays, mass_cases, mass_reference
+from strategies import count, seeds, spread
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'",
                            exc_type=ImportError)
@@ -26,17 +27,18 @@ try:
 except NoDevice as error:
     pytest.skip(str(error), allow_module_level=True)
 
-EXAMPLES = int(os.environ.get("COCKTAIL_CUDA_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "64"))  # of prefill attention; of every other property:
+OTHERS = min(EXAMPLES, int(os.environ.get("COCKTAIL_CUDA_EXAMPLES", "64")))
+LARGE = os.environ.get("COCKTAIL_LARGE", "1") != "0"  # 0 for compute-sanitizer: no matrix and no prompt of real size
+pytestmark = pytest.mark.usefixtures("compiled")
 EPS = 2.0**-24  # float32's unit roundoff
 ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # of one activation on its way to the tensor cores
 GUARD = 64
 
 dtypes = st.sampled_from(["F32", "F16", "BF16"])
 rows = st.one_of(st.integers(1, 20), st.sampled_from([1, 1, 24, 37, 130]))
-depths = st.one_of(st.integers(1, 40).map(lambda n: 8 * n), st.sampled_from([576, 1536, 4096, 11008]))
-sizes = st.one_of(st.integers(1, 70), st.sampled_from([576, 2200]))
-seeds = st.integers(0, 2**32 - 1)
-many = settings(max_examples=EXAMPLES, deadline=None)
+depths = st.one_of(st.integers(1, 40).map(lambda n: 8 * n), st.sampled_from([576, 1536, *[4096, 11008] * LARGE]))
+sizes = st.one_of(st.integers(1, 70), st.sampled_from([576, 2200] if LARGE else [130]))
 
 
 class Guarded:
@@ -76,8 +78,7 @@ def dot_bound(a, b, dtype):
     return (ROUNDING[dtype] + 8 * (np.sqrt(K) + 4) * EPS) * products + subnormal + 1e-37
 
 
-@many
-@given(T=rows, K=depths, N=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
+@spread(T=rows, K=depths, N=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds, examples=OTHERS)
 def test_linear_add(T, K, N, dtype, bias, seed):
     rng = np.random.default_rng(seed)
     matrix, w = weights(rng, (N, K), dtype)
@@ -89,8 +90,7 @@ def test_linear_add(T, K, N, dtype, bias, seed):
     assert (np.abs(x.check() - expected) <= bound).all()
 
 
-@many
-@given(T=rows, E=depths, V=sizes, dtype=dtypes, seed=seeds)
+@spread(T=rows, E=depths, V=sizes, dtype=dtypes, seed=seeds, examples=OTHERS)
 def test_logits(T, E, V, dtype, seed):
     rng = np.random.default_rng(seed)
     head, w = weights(rng, (V, E), dtype)
@@ -101,8 +101,7 @@ def test_logits(T, E, V, dtype, seed):
     assert (np.abs(out.check() - normed @ w.T) <= 2 * dot_bound(normed, w.T, dtype)).all()
 
 
-@many
-@given(T=rows, E=depths, I=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds)
+@spread(T=rows, E=depths, I=sizes, dtype=dtypes, bias=st.booleans(), seed=seeds, examples=OTHERS)
 def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
     rng = np.random.default_rng(seed)
     (gate, g), (up_matrix, u) = weights(rng, (I, E), dtype), weights(rng, (I, E), dtype)
@@ -119,8 +118,7 @@ def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
     assert (np.abs(out.check() - a * sigmoid * b) <= bound).all()
 
 
-@many
-@given(
+@spread(
     T=rows,
     E=depths,
     G=st.integers(1, 3),
@@ -130,6 +128,7 @@ def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
     bias=st.booleans(),
     scale=st.sampled_from([1.0, 1e-6, 3e5]),  # K and V among FP16's subnormals, and beyond its range
     seed=seeds,
+    examples=OTHERS,
 )
 def test_qkv(T, E, G, group, D, dtype, bias, scale, seed):
     if T > 1 and scale > 1:
@@ -170,21 +169,29 @@ def test_qkv(T, E, G, group, D, dtype, bias, scale, seed):
         assert (np.abs(got[:, slots] - expected) <= bound.swapaxes(0, 1) + rounding).all()
 
 
-@many
-@given(
-    T=st.one_of(st.integers(1, 40), st.integers(1, 400)),
-    before=st.one_of(st.just(0), st.integers(0, 700)),
-    spare=st.integers(0, 40),
-    G=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 7, 16]),
-    D=st.sampled_from([64, 80, 96, 128, 256]),
-    window=st.one_of(st.none(), st.integers(1, 900)),
-    scale=st.sampled_from([1.0, 4.0, 0.01]),
-    processors=st.sampled_from([1, 10**6]),  # large tiles, small tiles
-    seed=seeds,
-)
-def test_prefill_attention(T, before, spare, G, group, D, window, scale, processors, seed):
+@st.composite
+def prompts(draw):
+    """The sizes of one call of prefill attention; one in eight is long, with fewer heads."""
+    long = LARGE and draw(st.integers(0, 7)) == 5
+    T, before = draw(st.one_of(
+        st.tuples(st.integers(1, 40), st.integers(0, 700)),  # a small tile behind a prompt
+        st.tuples(st.integers(1, 400), st.sampled_from((0, 1, 63, 64, 300)))))
+    group = draw(st.integers(1, 16))
+    if not LARGE:
+        T, before, group = T % 150 + 1, before % 100, group % 4 + 1
+    if long:
+        T, before, group = T + draw(st.sampled_from((900, 1500))), before + draw(st.integers(0, 2000)), group % 4 + 1
+    return {"T": T, "before": before, "G": 1 if long or group > 8 else draw(st.integers(1, 3)), "group": group,
+            "D": draw(st.sampled_from([64, 80, 96, 128, 256])), "spare": draw(st.integers(0, 40)),
+            "window": draw(st.one_of(st.none(), st.integers(1, 900), st.integers(1, before + T + 9)))}
+
+
+@spread(prompt=prompts(), scale=st.sampled_from([1.0, 4.0, 0.01]), seed=seeds, examples=EXAMPLES,
+        processors=st.sampled_from([1, 10**6]))  # large tiles, small tiles
+def test_prefill_attention(prompt, scale, processors, seed):
     """Scores carry the rounding of q to FP16; probabilities are FP16. Rows beyond the last key are NaN and not read."""
+    T, before, G, group, D, spare, window = prompt.values()
+    count("prefill attention", [(D, span(T), "none" if window is None else span(window), group)], before + T)
     rng, H, keys = np.random.default_rng(seed), G * group, before + T
     q = (rng.standard_normal((T, H, D)) * scale).astype(np.float32)
     k, v = (rng.standard_normal((G, keys + spare, D)).astype(np.float16) for _ in range(2))
@@ -215,15 +222,15 @@ def rounded(x, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-@many
-@given(
-    T=st.one_of(st.integers(17, 300), st.just(1000)),
+@spread(
+    T=st.one_of(st.integers(17, 300 if LARGE else 60), st.just(1000 if LARGE else 40)),
     H=st.integers(1, 3),
     D=st.sampled_from([64, 80, 96, 128, 256]),
     I=st.integers(1, 90).map(lambda n: 8 * n),
     dtype=st.sampled_from(["F16", "BF16"]),
     sums=st.sampled_from([10**4, 10**9]),  # bytes: several parts, one part
     seed=seeds,
+    examples=OTHERS,
 )
 def test_activations_of_many_rows_are_rounded_once(T, H, D, I, dtype, sums, seed):  # noqa: E741
     """In the weights' type operations write what rounding their float32 result gives, and read it as they would read
@@ -255,8 +262,32 @@ def test_activations_of_many_rows_are_rounded_once(T, H, D, I, dtype, sums, seed
     assert np.array_equal(BACKEND.download(narrow_sum), BACKEND.download(wide_sum))
 
 
-@many
-@given(T=st.integers(1, 70), E=depths, V=st.integers(1, 300), dtype=dtypes, seed=seeds)
+@spread(mass_cases(st.sampled_from([64, 80, 96, 128, 256]), LARGE), examples=OTHERS)
+def test_attention_mass(case):
+    """Scores carry the rounding of q to FP16: independent errors, of which the sum is allowed four deviations."""
+    q, k, shape = mass_arrays(**case)
+    T, before, window, first, chunk = (case[name] for name in ("T", "before", "window", "first", "chunk"))
+    reach = "none" if window is None else span(window)
+    count("attention mass", [(case["D"], span(T), reach, case["group"])], before + T)
+    outs = [Guarded(shape) for _ in range(2)]
+    for out in outs:
+        BACKEND.attention_mass(up(q), up(k), before, window, first, chunk, out.array)
+    got = outs[0].check()
+    assert np.array_equal(got, outs[1].check()), "two runs differ"
+
+    def score_error(q, k):
+        return 4 * (2.0**-12 * np.sqrt(q**2 @ (k**2).T) + 2.0**-25 * np.sqrt((k**2).sum(1)))
+
+    expected, bound = mass_reference(q, k, before, window, first, chunk, shape, score_error)
+    assert (np.abs(got - expected) <= bound + 2.0**-18 * expected + 1e-30).all()
+
+
+def span(n):
+    """The range of a table's cell that n falls into."""
+    return next(name for limit, name in ((1, "1"), (64, "2-64"), (1024, "65-1024"), (10**9, "more")) if n <= limit)
+
+
+@spread(T=st.integers(1, 70), E=depths, V=st.integers(1, 300), dtype=dtypes, seed=seeds, examples=OTHERS)
 def test_embed(T, E, V, dtype, seed):
     rng = np.random.default_rng(seed)
     table, w = weights(rng, (V, E), dtype)
@@ -265,9 +296,8 @@ def test_embed(T, E, V, dtype, seed):
     assert np.array_equal(out.check(), w[ids])
 
 
-@many
-@given(
-    V=st.one_of(st.integers(1, 300), st.sampled_from([32000, 49152, 128256])),
+@spread(
+    V=st.one_of(st.integers(1, 300), st.sampled_from([32000, 49152, 128256] if LARGE else [3000])),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
     top_k=st.sampled_from([0, 1, 5, 50, 10**6]),
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
@@ -277,6 +307,7 @@ def test_embed(T, E, V, dtype, seed):
     uniform=st.floats(0, 1, exclude_max=True),
     levels=st.sampled_from([0, 3, 50]),  # 0: all logits differ; else there are ties
     seed=seeds,
+    examples=OTHERS,
 )
 def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, levels, seed):
     """The id is the one at which the reference's running probability passes uniform, up to float32's rounding."""
@@ -324,7 +355,7 @@ def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, l
 def test_sampling_follows_the_distribution():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 50)).astype(np.float32)
-    none, n = np.zeros(0, np.int32), 4000
+    none, n = np.zeros(0, np.int32), 4000 if LARGE else 40
     for top_k in (0, 20):
         ids = [drawn(BACKEND, x, (1.0, top_k, 1.0, 0.0, 1.0), none, (i + 0.5) / n) for i in range(n)]
         p = np.exp(x[0].astype(np.float64))
