@@ -1,7 +1,8 @@
 """Decode attention on the GPU against its floor and torch's SDPA. `python -m bench.attention [--quick]`
 
-One token at batch 1, 32 query heads, D = 128, cycling over at least 1 GB of distinct layers, so that no cache helps, as
-one CUDA graph. Chunks lie in shuffled order, packed by the project's own kernel from random K and V.
+One token each of one sequence, or of several in one launch, 32 query heads, D = 128, cycling over at least 1 GB of
+distinct layers, so that no cache helps, as one CUDA graph. Chunks lie in shuffled order, packed by the project's own
+kernel from random K and V. torch's attention reads the same shapes in FP16, in the same run.
 
     floor   bytes of codes, metadata and visible tail over the device-to-device copy rate of this run (read + written)
     share   floor / time
@@ -33,6 +34,7 @@ TAIL = 96  # visible tokens of the tail
 DISTINCT = 1.1e9  # bytes of layers that a run cycles over
 GOALS = {("mix", 32, 32768): 58.5, ("mix", 8, 131072): 58.5}  # us
 GOAL_FP16 = 0.95  # of the copy rate, 32 KV heads at 32K
+BATCH, BATCH_SHAPE, GOAL_BATCH = 8, (8, 32768), 0.70  # sequences of one launch; of the copy rate
 
 
 def main() -> None:
@@ -43,40 +45,46 @@ def main() -> None:
 
     backend = CudaBackend()
     rate = copy_rate()
-    cases = [(f"{tier}", ((tier, 1.0),), SHAPES[0]) for tier in PURE[: 1 if args.quick else None]]
-    cases += [("mix", MIX, shape) for shape in SHAPES]
+    cases = [(f"{tier}", ((tier, 1.0),), SHAPES[0], 1) for tier in PURE[: 1 if args.quick else None]]
+    cases += [("mix", MIX, shape, 1) for shape in SHAPES] + [("mix", MIX, BATCH_SHAPE, BATCH)]
     compile_all({merge_spec(HEAD_DIM)} | {
         attention_spec(HEAD_DIM, HEADS // kv_heads, CHUNK, frozenset((tier.k_bits, tier.v_bits) for tier, _ in tiers),
-                       False)[0] for _, tiers, (kv_heads, _) in cases})  # fmt: skip
+                       False)[0] for _, tiers, (kv_heads, _), _ in cases})  # fmt: skip
     rows, record = [], []
-    for name, tiers, (kv_heads, tokens) in cases:
-        progress(f"{name}, {kv_heads} KV heads, {tokens} tokens")
-        layers = Layers(backend, tiers, kv_heads, tokens)
-        us = layers.time()
-        floor = layers.nbytes / rate * 1e6
-        goal = GOALS.get((name, kv_heads, tokens))
-        note = verdict(us, goal, at_most=True) if goal else ""
-        if name == "FP16":
-            note = f"share {verdict(floor / us, GOAL_FP16)}"
-        rows.append((name, kv_heads, f"{tokens // 1024}K", f"{layers.bpv:.2f}", f"{layers.nbytes / 1e6:.1f}",
-                     f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.1%}", note))  # fmt: skip
-        record.append({"name": name, "kv_heads": kv_heads, "tokens": tokens, "us": us, "floor_us": floor})
+    for name, tiers, (kv_heads, tokens), batch in cases:
+        progress(f"{name}, {kv_heads} KV heads, {tokens} tokens, batch {batch}")
+        layers = Layers(backend, tiers, kv_heads, tokens, batch)
+        us, floor = layers.time(), layers.nbytes / rate * 1e6
+        rows.append((name, batch, kv_heads, f"{tokens // 1024}K", f"{layers.bpv:.2f}", f"{layers.nbytes / 1e6:.1f}",
+                     f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.1%}", note(name, kv_heads, tokens, batch, us, floor)))
+        record.append({"name": name, "batch": batch, "kv_heads": kv_heads, "tokens": tokens, "us": us,
+                       "floor_us": floor})  # fmt: skip
         del layers
         cupy.get_default_memory_pool().free_all_blocks()
     for kv_heads, tokens in SHAPES:
         nbytes, us = 4 * kv_heads * tokens * HEAD_DIM, torch_sdpa(kv_heads, tokens)
-        rows.append(("torch SDPA", kv_heads, f"{tokens // 1024}K", "16.00", f"{nbytes / 1e6:.1f}", f"{us:.1f}",
+        rows.append(("torch SDPA", 1, kv_heads, f"{tokens // 1024}K", "16.00", f"{nbytes / 1e6:.1f}", f"{us:.1f}",
                      f"{nbytes / rate * 1e6:.1f}", f"{nbytes / rate * 1e6 / us:.1%}", ""))  # fmt: skip
-        record.append({"name": "torch SDPA", "kv_heads": kv_heads, "tokens": tokens, "us": us})
-    print(f"copy rate {rate / 1e12:.3f} TB/s; {HEADS} query heads, D = {HEAD_DIM}, chunks of {CHUNK}, batch 1")
-    print_table(("format", "KV heads", "context", "bpv", "MB", "us", "floor us", "share", "goal"), rows)
+        record.append({"name": "torch SDPA", "batch": 1, "kv_heads": kv_heads, "tokens": tokens, "us": us})
+    print(f"copy rate {rate / 1e12:.3f} TB/s; {HEADS} query heads, D = {HEAD_DIM}, chunks of {CHUNK}")
+    print_table(("format", "batch", "KV heads", "context", "bpv", "MB", "us", "floor us", "share", "goal"), rows)
     emit({"bench": "attention", "run": describe_run(), "copy_rate": rate, "figures": record}, args.json)
 
 
-class Layers:
-    """Enough layers of one shape to fill DISTINCT bytes; nbytes: what one layer's attention must read."""
+def note(name: str, kv_heads: int, tokens: int, batch: int, us: float, floor: float) -> str:
+    if batch > 1:
+        return f"share {verdict(floor / us, GOAL_BATCH)}"
+    if name == "FP16":
+        return f"share {verdict(floor / us, GOAL_FP16)}"
+    goal = GOALS.get((name, kv_heads, tokens))
+    return verdict(us, goal, at_most=True) if goal else ""
 
-    def __init__(self, backend: CudaBackend, tiers: Sequence[tuple[Tier, float]], kv_heads: int, tokens: int):
+
+class Layers:
+    """Enough layers of `batch` sequences to fill DISTINCT bytes; nbytes: what one layer's attention must read."""
+
+    def __init__(self, backend: CudaBackend, tiers: Sequence[tuple[Tier, float]], kv_heads: int, tokens: int,
+                 batch: int = 1):
         n = tokens // CHUNK
         counts = [round(share * n) for _, share in tiers[1:]]
         counts.insert(0, n - sum(counts))
@@ -96,16 +104,17 @@ class Layers:
         backend.copy_tail(k, v, rows, first, tail, 0)
         del k, v
         self.backend, self.bpv = backend, sizes.context_bits_per_value
-        self.nbytes = kv_heads * (4 * TAIL * HEAD_DIM + sum(
+        self.nbytes = batch * kv_heads * (4 * TAIL * HEAD_DIM + sum(
             span.n * (sum(block_bytes("K", span.k_bits, CHUNK, HEAD_DIM)) +
                       sum(block_bytes("V", span.v_bits, CHUNK, HEAD_DIM)))
             for span in spans))  # fmt: skip
-        self.arenas = [first] + [first.copy() for _ in range(int(DISTINCT // self.nbytes))]
-        self.bound = [backend.bind(arena, spans, tail, HEADS, kv_heads, HEAD_DIM, CHUNK, None) for arena in self.arenas]
-        self.q = rng.standard_normal((1, HEADS, HEAD_DIM), dtype=np.float32)
-        self.out = cupy.full((1, HEADS * HEAD_DIM), np.nan, np.float32)
-        state = np.zeros(STATE_SIZE, np.int32)
-        state[STATE_POSITION], state[STATE_SLOT] = tokens + TAIL - 1, TAIL - 1
+        arenas = [first] + [first.copy() for _ in range(batch * (int(DISTINCT // self.nbytes) + 1) - 1)]
+        bound = [backend.bind(arena, spans, tail, HEADS, kv_heads, HEAD_DIM, CHUNK, None) for arena in arenas]
+        self.bound = [backend.bind_batch(bound[i : i + batch]) for i in range(0, len(bound), batch)]
+        self.q = rng.standard_normal((batch, HEADS, HEAD_DIM), dtype=np.float32)
+        self.out = cupy.full((batch, HEADS * HEAD_DIM), np.nan, np.float32)
+        state = np.zeros((batch, STATE_SIZE), np.int32)
+        state[:, STATE_POSITION], state[:, STATE_SLOT] = tokens + TAIL - 1, TAIL - 1
         self.state = backend.upload(state)
 
     def time(self) -> float:
@@ -164,6 +173,8 @@ def torch_sdpa(kv_heads: int, tokens: int) -> float:
         end.synchronize()
         if turn > 2:
             times.append(begin.elapsed_time(end) / layers)
+    del k, v
+    torch.cuda.empty_cache()
     return float(np.median(times)) * 1e3
 
 

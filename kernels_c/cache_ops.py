@@ -97,12 +97,24 @@ class CacheOps:
         })  # fmt: skip
         return Bound(record, heads, head_dim, (arena, records))
 
-    def decode_attention(self, q: Buffer, bound: Bound, state: Buffer, out: Buffer) -> None:
+    def bind_batch(self, bounds: Sequence[Bound]) -> tuple[Bound, ...]:
+        """One layer of several sequences for one call of decode_attention, which takes them in turn."""
+        return tuple(bounds)
+
+    def decode_attention(self, q: Buffer, bound: Bound | tuple[Bound, ...], state: Buffer, out: Buffer) -> None:
         """One token's attention over all spans and the tail with one running softmax; out (1, H*D) f32.
 
         q (1, H, D) f32; state int32 (position, slot, token, -): tail slots 0..slot and the keys at positions above
-        position - window are visible.
+        position - window are visible. With a batch of B bounds q, state and out have B rows.
         """
+        if isinstance(bound, tuple):
+            if not len(q) == len(bound) == len(state) == len(out):
+                raise KernelError(f"decode_attention: q, state and out have {len(q)}, {len(state)} and {len(out)} rows "
+                                  f"for a batch of {len(bound)}")  # fmt: skip
+            for b, one in enumerate(bound):
+                row, out_row = (array[b : b + 1].view(Buffer) for array in (q, out))
+                self.decode_attention(row, one, state[b].view(Buffer), out_row)
+            return
         status = self._decode_attention(
             pointer("q", q, bound.q_shape, F32),
             bound.record,

@@ -1,21 +1,34 @@
-/* PTX that only the cache kernels use: small asynchronous copies, arithmetic on packed halves, transposition. */
+/* PTX that only the cache kernels use: copies to shared memory, arithmetic on packed halves, transposition. */
 
-/* BYTES (4, 8 or 16) from global to shared memory, past the registers; shared: an address of shared_address(). */
-template <int BYTES> INLINE void copy_bytes_async(u32 shared, const u8 *global) {
-    if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(shared), "l"(global), "n"(BYTES) : "memory");
+/* 16 bytes from global to shared memory, past the registers; shared: an address of shared_address(). */
+INLINE void copy_bytes_async(u32 shared, const u8 *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
 }
 
-/* The same, or zeros where `valid` is false; then nothing is read. */
-template <int BYTES> INLINE void copy_bytes_async(u32 shared, const u8 *global, bool valid) {
-    if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                     :: "r"(shared), "l"(global), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
+#if ARCH >= 90
+/* True in one lane of the warp. */
+INLINE bool elected() {
+    u32 yes;
+    asm volatile("{\n"
+                 ".reg .pred one;\n"
+                 "elect.sync _|one, 0xffffffff;\n"
+                 "selp.b32 %0, 1, 0, one;\n"
+                 "}" : "=r"(yes));
+    return yes;
+}
+
+/* A copy that one thread starts; its bytes count for the barrier (hopper.cuh). Addresses and bytes: multiples of 16. */
+INLINE void copy_bulk(u32 shared, const u8 *global, u32 bytes, u64 *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+#endif
+
+/* Order what this thread did in shared memory before bulk copies that are started after the next barrier. */
+INLINE void fence_bulk() {
+#if ARCH >= 90
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 /* a * b + c of two packed halves, rounded once. */
@@ -28,6 +41,13 @@ INLINE u32 fma_half2(u32 a, u32 b, u32 c) {
 INLINE u32 mul_half2(u32 a, u32 b) {
     u32 r;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+/* A register with any content: no instruction fills it. */
+INLINE u32 any_register() {
+    u32 r;
+    asm volatile("" : "=r"(r));
     return r;
 }
 

@@ -2,6 +2,7 @@
 #include "common.cuh"
 #include "asm.cuh"
 #include "formats.cuh"
+#include "rotation.cuh"
 
 #define WARPS 4
 #define THREADS (WARPS * WARP)
@@ -14,13 +15,15 @@
 #define LOG2_E 1.44269504f
 #define TAIL 0
 #define FORMAT(k_bits, v_bits) (100 * (k_bits) + (v_bits))
+#define STATE_SIZE 4 /* of runtime.backend: position, slot, ... of one sequence */
 
 /* kernels_cu/work.py makes these. */
 struct Segment {
     const u8 *k_codes, *k_meta, *v_codes, *v_meta; /* of the first chunk */
     const i32 *positions;                          /* of the chunks, or of the tail's slots */
     i32 format;                                    /* FORMAT(), or TAIL */
-    i32 head;                                      /* KV head */
+    i32 sequence;                                  /* whose state */
+    i32 head;                                      /* KV head: of all sequences' */
     i32 n;                                         /* chunks, or slots */
     i32 part, parts;                               /* of a tail: which of how many blocks share it, row by row */
     i32 result;                                    /* where the partial result goes after this segment, or -1 */
@@ -35,7 +38,7 @@ struct Source : Segment {
 
 /* A running softmax over what one warp has seen. This lane's share: of scores and sums, heads 8 * n + 2 * t + {0, 1}. */
 struct Running {
-    float out[D / 16][TILES][4]; /* channels v_channel(2 * m, g) and v_channel(2 * m + 1, g), two heads each */
+    float out[D / 16][TILES][4]; /* channels 16 * m + g and 16 * m + 8 + g, two heads each */
     float centre[TILES][4];      /* V's scaled probabilities: what a code of 1 would give */
     float maximum[TILES][LANE_HEADS], sum[TILES][LANE_HEADS];
     float v_top; /* a power of two not below any V scale so far */
@@ -80,9 +83,10 @@ INLINE float bf16_to_float(u32 bits) { return __uint_as_float(bits << 16); }
 
 /* Heads of q (GROUP, D) to operand B; rotated for quantized K. One warp per head; a lane holds neighbouring channels. */
 INLINE void prepare_query(const float *q, bool rotated) {
-    constexpr int N = (D + WARP - 1) / WARP < 4 ? 4 : (D + WARP - 1) / WARP, ROTATION = D & -D; /* channels of a lane */
+    constexpr int N = LANE_CHANNELS;
     const i32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    __syncthreads(); /* nobody reads the query before this any more */
+    wait_for_predecessor(); /* which wrote q */
+    __syncthreads();        /* nobody reads the query before this any more */
     if (threadIdx.x >= GROUP && threadIdx.x < TILES * 8) query.unit[threadIdx.x] = query.total[threadIdx.x] = 0;
     for (i32 i = threadIdx.x; GROUP % 8 && i < D / 16 * 8 * 4; i += THREADS) /* columns without a head */
         if (i % 32 / 4 >= GROUP % 8) query.fragments[i / 32][TILES - 1][i % 32] = make_uint2(0, 0);
@@ -91,24 +95,7 @@ INLINE void prepare_query(const float *q, bool rotated) {
 #pragma unroll
         for (i32 i = 0; i < N; i++)
             x[i] = lane * N + i < D ? q[head * D + lane * N + i] * (LOG2_E / sqrtf((float)D)) : 0.f;
-        if (rotated) {
-#pragma unroll
-            for (i32 distance = 1; distance < ROTATION; distance *= 2)
-                if (distance < N) {
-#pragma unroll
-                    for (i32 i = 0; i < N; i++)
-                        if (!(i & distance)) {
-                            const float a = x[i], b = x[i + distance];
-                            x[i] = a + b, x[i + distance] = a - b;
-                        }
-                } else {
-#pragma unroll
-                    for (i32 i = 0; i < N; i++) {
-                        const float other = __shfl_xor_sync(FULL, x[i], distance / N);
-                        x[i] = lane & distance / N ? other - x[i] : x[i] + other;
-                    }
-                }
-        }
+        if (rotated) rotate_head(x, lane);
 #pragma unroll
         for (i32 i = 0; i < N; i++) largest = fmaxf(largest, fabsf(x[i]));
         /* The largest becomes 16 .. 32: times a scale of up to 255 stays below FP16's 65504. */
@@ -116,10 +103,9 @@ INLINE void prepare_query(const float *q, bool rotated) {
 #pragma unroll
         for (i32 i = 0; i < N; i += 2) {
             const i32 d = lane * N + i;
-            const i32 j = d / (8 * K_VECTOR) * K_VECTOR + d / 2 % K_VECTOR, t = d / (2 * K_VECTOR) % 4;
             const u32 pair = pack_half2(x[i] * power_of_two(-exponent), x[i + 1] * power_of_two(-exponent));
             total += half_to_float((u16)pair) + half_to_float((u16)(pair >> 16));
-            if (d < D) ((u32 *)&query.fragments[j / 2][head / 8][head % 8 * 4 + t])[j % 2] = pair;
+            if (d < D) ((u32 *)&query.fragments[d / 16][head / 8][head % 8 * 4 + d / 2 % 4])[d / 8 % 2] = pair;
         }
         total = warp_sum(total);
         if (lane == 0) query.unit[head] = power_of_two(exponent), query.total[head] = total;

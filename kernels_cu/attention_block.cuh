@@ -1,6 +1,6 @@
 /* One block of T tokens in a slot: scores, running softmax, values. s[r][n][h] is the score of token 8 * r + g under
  * head 8 * n + 2 * t + h, where lane = 4 * g + t. */
-#include "attention_copy.cuh"
+#include "attention_queue.cuh"
 
 /* A lane's N words: vectors of four, two and one, lanes side by side. */
 template <int N> INLINE void load_words(u32 (&w)[N > 0 ? N : 1], const u8 *from, i32 lane) {
@@ -18,46 +18,35 @@ template <int N> INLINE void load_words(u32 (&w)[N > 0 ? N : 1], const u8 *from,
     if (N % 2) w[N - 1] = ((const u32 *)from)[lane];
 }
 
-/* BYTES (4, 8 or 16) as words. */
-template <int BYTES> INLINE void load_vector(u32 *w, const u8 *from) {
-    if (BYTES == 16) {
-        const uint4 v = *(const uint4 *)from;
-        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-    } else if (BYTES == 8) {
-        const uint2 v = *(const uint2 *)from;
-        w[0] = v.x, w[1] = v.y;
-    } else
-        w[0] = *(const u32 *)from;
-}
-
 template <class C> INLINE u32 pair_at(const u32 *w, const u8 *codes, int pair, i32 lane) {
     return pair < C::IN_UNITS ? C::extract(w + pair / C::UNIT * C::UNIT_WORDS, pair % C::UNIT)
                               : C::extract_rest(codes, pair - C::IN_UNITS, lane);
 }
 
-/* Quantized K. */
-template <int BITS, int T> INLINE void block_scores(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, i32 lane) {
+/* Quantized K; meta: its chunk's scales, zeros and bases. */
+template <int BITS, int T>
+INLINE void block_scores(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, const u8 *meta, i32 lane) {
     typedef Codes<true, BITS, T> C;
     constexpr int R = T / 8;
     const i32 t = lane % 4;
     float c[(R + 1) / 2][TILES][4] = {}, zeros[TILES][4];
     u32 words[C::WORDS > 0 ? C::WORDS : 1];
     load_words<C::WORDS>(words, slot, lane);
-    const u8 *const meta = slot + C::BYTES;
 #pragma unroll
     for (i32 n = 0; n < TILES; n++) /* zeros are stored plus 128 */
-        zeros[n][0] = zeros[n][2] = query.total[8 * n + 2 * t] * (-128 / SUBNORMAL_UNIT),
-        zeros[n][1] = zeros[n][3] = query.total[8 * n + 2 * t + 1] * (-128 / SUBNORMAL_UNIT);
+        zeros[n][0] = query.total[8 * n + 2 * t] * (-128 / SUBNORMAL_UNIT),
+        zeros[n][1] = query.total[8 * n + 2 * t + 1] * (-128 / SUBNORMAL_UNIT),
+        zeros[n][2] = zeros[n][3] = __uint_as_float(any_register()); /* rows 8 to 15 are not read */
 #pragma unroll
     for (i32 step = 0; step < D / 16; step++) {
-        const uint2 m = ((const uint2 *)meta)[step * 4 + t]; /* 4 scales, 4 zeros */
+        const u32 scales = ((const u32 *)meta)[8 * step + 2 * t], offsets = ((const u32 *)meta)[8 * step + 2 * t + 1];
         u32 scale[2], zero[4];
 #pragma unroll
         for (i32 i = 0; i < 2; i++) { /* bytes to halves: 0x6400 + s is 1024 + s */
             const u32 fold = 0x3c003c00 - C::bit(2 * step + i) * 0x04000400; /* 2^-bit */
             const u32 minus_1024 = 0xe400e400 - C::bit(2 * step + i) * 0x04000400;
-            scale[i] = fma_half2(__byte_perm(m.x, 0x64646464, i ? 0x4342 : 0x4140), fold, minus_1024);
-            zero[2 * i] = zero[2 * i + 1] = __byte_perm(m.y, 0, i ? 0x4342 : 0x4140);
+            scale[i] = fma_half2(__byte_perm(scales, 0x64646464, i ? 0x4342 : 0x4140), fold, minus_1024);
+            zero[2 * i] = __byte_perm(offsets, 0, i ? 0x4342 : 0x4140), zero[2 * i + 1] = any_register();
         }
         u32 a[(R + 1) / 2][4];
 #pragma unroll
@@ -87,26 +76,30 @@ template <int BITS, int T> INLINE void block_scores(float (&s)[T / 8][TILES][LAN
         }
 }
 
+/* Where a lane points ldmatrix to, so that it loads 16 x 16 of operand A: 8 rows further down and 8 channels further
+ * to the right, each for two of the four matrices (lane / 8). Rows of which there are `rows`. */
+INLINE u32 matrix_address(const u8 *slot, i32 down, i32 right, i32 rows, i32 lane) {
+    const i32 row = (down ? 8 : 0) + lane % 8;
+    return shared_address(slot) + (row < rows ? row : row - 8) * ROW_BYTES + (right ? 16 : 0);
+}
+
 template <int T> INLINE void block_scores_half(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, i32 lane) {
     constexpr int R = T / 8;
     const i32 t = lane % 4;
     float c[(R + 1) / 2][TILES][4] = {};
 #pragma unroll
-    for (i32 i = 0; i < K_VECTORS; i++) {
-        u32 w[(R + 1) / 2 * 2][K_VECTOR] = {};
+    for (i32 m = 0; m < (R + 1) / 2; m++) {
+        const u32 rows = matrix_address(slot + m * 16 * ROW_BYTES, lane & 8, lane & 16, T - 16 * m, lane);
 #pragma unroll
-        for (i32 r = 0; r < R; r++) load_vector<4 * K_VECTOR>(w[r], slot + half_k_at(r, i, lane) * 4 * K_VECTOR);
-#pragma unroll
-        for (i32 x = 0; x < K_VECTOR; x += 2)
+        for (i32 step = 0; step < D / 16; step++) {
+            u32 a[4];
+            load_matrix(a, rows + 32 * step);
 #pragma unroll
             for (i32 n = 0; n < TILES; n++) {
-                const uint2 b = query.fragments[(i * K_VECTOR + x) / 2][n][lane];
-#pragma unroll
-                for (i32 m = 0; m < (R + 1) / 2; m++) {
-                    const u32 a[4] = {w[2 * m][x], w[2 * m + 1][x], w[2 * m][x + 1], w[2 * m + 1][x + 1]};
-                    mma_half(c[m][n], a, b.x, b.y);
-                }
+                const uint2 b = query.fragments[step][n][lane];
+                mma_half(c[m][n], a, b.x, b.y);
             }
+        }
     }
 #pragma unroll
     for (i32 n = 0; n < TILES; n++)
@@ -228,30 +221,24 @@ INLINE void block_values(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES],
     }
 }
 
+/* tokens: how many rows of the slot there are; what is behind them may be anything. */
 template <int T>
-INLINE void block_values_half(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], const u8 *slot, i32 lane) {
-    constexpr int R = T / 8, BYTES = 2 * V_VECTOR;
+INLINE void block_values_half(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], u8 *slot, i32 tokens, i32 lane) {
+    constexpr int R = T / 8;
+    if (tokens < T) { /* 0 * V must be 0 */
+        for (i32 i = tokens * (ROW_BYTES / 16) + lane; i < T * (ROW_BYTES / 16); i += WARP)
+            ((uint4 *)slot)[i] = make_uint4(0, 0, 0, 0);
+        __syncwarp();
+    }
 #pragma unroll
-    for (i32 k = 0; k < (R + 1) / 2; k++)
+    for (i32 k = 0; k < (R + 1) / 2; k++) {
+        const u32 rows = matrix_address(slot + k * 16 * ROW_BYTES, lane & 16, lane & 8, T - 16 * k, lane);
 #pragma unroll
-        for (i32 v = 0; v < V_VECTORS; v++) {
-            u32 w[2][2][V_VECTOR / 2] = {}; /* octet of tokens, token of a pair */
+        for (i32 m = 0; m < D / 16; m++) {
+            u32 a[4];
+            load_matrix_transposed(a, rows + 32 * m);
 #pragma unroll
-            for (i32 i = 0; i < 2; i++)
-#pragma unroll
-                for (i32 e = 0; e < 2; e++)
-                    if (2 * k + i < R)
-                        load_vector<BYTES>(w[i][e], slot + half_v_at(2 * k + i, v, e, lane) * BYTES);
-#pragma unroll
-            for (i32 y = 0; y < V_VECTOR / 2; y++) {
-                u32 a[4];
-#pragma unroll
-                for (i32 i = 0; i < 2; i++)
-#pragma unroll
-                    for (i32 o = 0; o < 2; o++) a[o + 2 * i] = __byte_perm(w[i][0][y], w[i][1][y], o ? 0x7632 : 0x5410);
-#pragma unroll
-                for (i32 n = 0; n < TILES; n++)
-                    mma_half(x.out[v * V_VECTOR / 2 + y][n], a, p[2 * k][n], p[2 * k + 1][n]);
-            }
+            for (i32 n = 0; n < TILES; n++) mma_half(x.out[m][n], a, p[2 * k][n], p[2 * k + 1][n]);
         }
+    }
 }

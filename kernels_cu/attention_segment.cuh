@@ -1,6 +1,6 @@
 #include "attention_block.cuh"
 
-/* How a segment of one format is cut into blocks, and this lane's place in copying them: warp w copies and attends to
+/* How a segment of one format is cut into blocks, and which of them is to be copied next: warp w copies and attends to
  * the chunks w, w + WARPS, ... Chunks of FP16 K and V are one stream of rows, cut into 16 whatever CHUNK is. */
 template <int K_BITS, int V_BITS> struct Blocks {
     static constexpr bool STREAM = K_BITS == 16 && V_BITS == 16;
@@ -15,65 +15,56 @@ template <int K_BITS, int V_BITS> struct Blocks {
     static constexpr int K_CHUNK = K_BITS == 16 ? 2 * D * UNIT : K<UNIT>::BYTES;
     static constexpr int V_CHUNK = V_BITS == 16 ? 2 * D * UNIT : V<UNIT>::BYTES;
     static constexpr int K_META = 2 * D + 4, V_META = 2 * UNIT;
-    static constexpr int K_SLOT = K_BYTES + (K_BITS < 16 ? K_META : 0);
-    static constexpr int V_SLOT = V_BITS == 16 ? HALF_V_BYTES(FULL_T) : V_BYTES + 2 * FULL_T;
-    static constexpr int SLOT = ((K_SLOT > V_SLOT ? K_SLOT : V_SLOT) + 15) / 16 * 16;
-    static constexpr int SLOTS = RING / SLOT;
+    static constexpr int K_SLOT = K_BITS == 16 ? ROW_BYTES * FULL_T : K_BYTES + K_META + 12;
+    static constexpr int V_SLOT = V_BITS == 16 ? ROW_BYTES * FULL_T : V_BYTES + 2 * FULL_T;
+    /* A piece is K and V of a block where two such pieces fit, else K or V. */
+    static constexpr bool TOGETHER = K_BITS < 16 && V_BITS < 16 && 2 * (K_SLOT + V_SLOT) <= RING;
+    static constexpr int SLOT = TOGETHER ? K_SLOT + V_SLOT : K_SLOT > V_SLOT ? K_SLOT : V_SLOT;
+    static constexpr int SLOTS = RING / SLOT < MAX_SLOTS ? RING / SLOT : MAX_SLOTS;
     static_assert(SLOTS >= 2, "RING holds fewer than two pieces");
 
-    const u8 *k, *k_meta, *v, *v_meta; /* of the next block to copy; codes and metadata at this lane's place */
-    i32 chunk, part, chunks, step;     /* the next block; chunks of the segment; from chunk to chunk */
+    i32 chunk, part, chunks, step; /* the next block to copy; chunks of the segment; from chunk to chunk */
 
-    INLINE Blocks(const Source &source, i32 warp, i32 lane) {
+    INLINE Blocks(const Source &source, i32 warp) {
         step = STREAM ? WARPS * source.parts : WARPS; /* only a tail has parts */
         chunk = first(source, warp);
         chunks = STREAM ? (source.tokens + UNIT - 1) / UNIT : source.n;
         part = 0;
-        k = source.k_codes + (i64)chunk * K_CHUNK + (K_BITS < 16 ? 16 * lane : 0);
-        v = source.v_codes + (i64)chunk * V_CHUNK + (V_BITS < 16 ? 16 * lane : 0);
-        k_meta = source.k_meta + (i64)chunk * K_META + 4 * lane;
-        v_meta = source.v_meta + (i64)chunk * V_META + 4 * lane;
     }
 
     static INLINE i32 first(const Source &source, i32 warp) { return STREAM ? WARPS * source.part + warp : warp; }
 
-    /* Start copying K or V of the next block, if there is one; V moves on to the block after. */
-    INLINE void copy(const Source &source, u32 slot, bool is_k, i32 lane) {
-        if (chunk >= chunks) return;
-        if (LAST_T != FULL_T && part == PER_CHUNK - 1)
-            copy_block<LAST_T>(source, slot, is_k, lane);
-        else
-            copy_block<FULL_T>(source, slot, is_k, lane);
-        const bool last = part == PER_CHUNK - 1;
-        if (is_k) {
-            k += last ? (i64)step * K_CHUNK - (PER_CHUNK - 1) * K_BYTES : K_BYTES;
-            if (last) k_meta += step * K_META;
-        } else {
-            v += last ? (i64)step * V_CHUNK - (PER_CHUNK - 1) * V_BYTES : V_BYTES;
-            v_meta += last ? step * V_META - (PER_CHUNK - 1) * 2 * FULL_T : 2 * FULL_T;
-            part = last ? 0 : part + 1;
-            if (last) chunk += step;
+    /* Start copying the next piece, if there is one, to a slot; not TOGETHER, K and V are to be asked for in turn. */
+    INLINE void copy(const Source &source, Queue &queue, i32 slot, bool is_k) {
+        if (chunk < chunks) {
+            if (LAST_T != FULL_T && part == PER_CHUNK - 1)
+                copy_block<LAST_T>(source, queue, slot, is_k);
+            else
+                copy_block<FULL_T>(source, queue, slot, is_k);
+            if ((TOGETHER || !is_k) && ++part == PER_CHUNK) part = 0, chunk += step;
         }
+        queue.end();
     }
 
-    template <int T> INLINE void copy_block(const Source &source, u32 slot, bool is_k, i32 lane) {
-        const i32 valid = STREAM ? source.tokens - chunk * UNIT : T;
-        if (is_k && K_BITS == 16) {
-            if (valid >= T)
-                copy_half_k<T, true>(slot, k, T, lane);
-            else
-                copy_half_k<T, false>(slot, k, valid, lane);
-        } else if (is_k) {
-            copy_codes<K<T>::BYTES>(slot, k, lane);
-            copy_words<K_META / 4>(slot + K<T>::BYTES, k_meta, lane);
-        } else if (V_BITS == 16) {
-            if (valid >= T)
-                copy_half_v<T, true>(slot, v, T, lane);
-            else
-                copy_half_v<T, false>(slot, v, valid, lane);
-        } else {
-            copy_codes<V<T>::BYTES>(slot, v, lane);
-            copy_words<T / 2>(slot + V<T>::BYTES, v_meta, lane);
+    template <int T> INLINE void copy_block(const Source &source, Queue &queue, i32 slot, bool is_k) {
+        constexpr u32 K_ALL = K<T>::BYTES + K_META + 12, V_ALL = V<T>::BYTES + 2 * T;
+        const bool with_k = TOGETHER || is_k, with_v = TOGETHER || !is_k;
+        const u8 *const k = source.k_codes + (i64)chunk * K_CHUNK + part * K_BYTES;
+        const u8 *const v = source.v_codes + (i64)chunk * V_CHUNK + part * V_BYTES;
+        const u32 at = slot * SLOT;
+        if ((with_k ? K_BITS : V_BITS) == 16)
+            queue.copy_rows<T>(slot, at, with_k ? k : v, STREAM ? min(source.tokens - chunk * UNIT, T) : T);
+        else if (queue.begin(slot, (with_k ? K_ALL : 0) + (with_v ? V_ALL : 0))) {
+            if (with_k) { /* metadata begins at some multiple of 4: it is copied from the multiple of 16 before on */
+                const u8 *const meta = source.k_meta + (i64)chunk * K_META;
+                queue.copy<K<T>::BYTES>(slot, at, k);
+                queue.copy<K_META + 12>(slot, at + K<T>::BYTES, (const u8 *)((u64)meta & ~15ull));
+            }
+            if (with_v) {
+                const u8 *const meta = source.v_meta + (i64)chunk * V_META + part * 2 * FULL_T;
+                queue.copy<V<T>::BYTES>(slot, at + (TOGETHER ? K_SLOT : 0), v);
+                queue.copy<2 * T>(slot, at + (TOGETHER ? K_SLOT : 0) + V<T>::BYTES, meta);
+            }
         }
     }
 
@@ -86,12 +77,12 @@ template <int K_BITS, int V_BITS> struct Blocks {
     }
 
     template <int T>
-    static INLINE void scores(float (&s)[T / 8][TILES][LANE_HEADS], const Source &source, const u8 *slot, i32 row,
-                              i32 lane) {
+    static INLINE void scores(float (&s)[T / 8][TILES][LANE_HEADS], const Source &source, const u8 *slot,
+                              i32 chunk, i32 row, i32 lane) {
         if constexpr (K_BITS == 16)
             block_scores_half<T>(s, slot, lane);
         else
-            block_scores<K_BITS, T>(s, slot, lane);
+            block_scores<K_BITS, T>(s, slot, slot + K<T>::BYTES + ((u64)source.k_meta + chunk * K_META) % 16, lane);
         if (STREAM || WINDOWED)
 #pragma unroll
             for (i32 r = 0; r < T / 8; r++) {
@@ -104,11 +95,12 @@ template <int K_BITS, int V_BITS> struct Blocks {
     }
 
     template <int T>
-    static INLINE void values(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, i32 lane) {
+    static INLINE void values(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], const Source &source,
+                              u8 *slot, i32 row, i32 lane) {
         u32 p[(T / 8 + 1) / 2 * 2][TILES];
         block_softmax<V_BITS, T>(x, s, p, slot + V<T>::BYTES, lane);
         if constexpr (V_BITS == 16)
-            block_values_half<T>(x, p, slot, lane);
+            block_values_half<T>(x, p, slot, STREAM ? source.tokens - row : T, lane);
         else
             block_values<V_BITS, T>(x, p, slot, lane);
     }

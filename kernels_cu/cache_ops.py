@@ -18,31 +18,33 @@ from kernels_cu.attention import HEAD_DIMS
 from kernels_cu.build import Spec, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
 from kernels_cu.layout import BLOCK_TOKENS, WIDTHS, codes_bytes
-from kernels_cu.work import Span, Tail, divide
+from kernels_cu.work import Span, Tail, Work, divide, join
 
 MAX_GROUP = 16
 MAX_CHUNK = 256
 WARPS = 4  # of a decode attention block
 THREADS = 32 * WARPS
 MERGE_THREADS = 512
-OVERSUBSCRIPTION = 3  # shares per running block for one head per KV head: its partial results are small
-RING = 12864  # bytes of a warp's queue of copies: four blocks on a multiprocessor of 227 KiB
+STATE_SIZE = 4  # int32 of one sequence's state, as runtime.backend has it: position, slot, ...
+RING = 13056  # bytes of a warp's queue of copies: four blocks on a multiprocessor of 227 KiB
 
 
 @dataclass(frozen=True)
 class Bound:
-    """One layer's work (kernels_cu.work.Work on the GPU), kernels and scratch."""
+    """One layer's work for one sequence or a batch of them (`work`, and its tables on the GPU), kernels and scratch."""
 
     attend: Spec
     merge: Spec
     shared: int
-    arena: Array
+    formats: frozenset[tuple[int, int]]
+    chunk: int
+    arenas: tuple[Array, ...]  # kept alive; one per sequence
+    work: Work
     segments: Array
-    blocks: int
     results: Array
     partial: Array
     softmax: Array
-    window: int
+    window: int | None
     heads: int
     kv_heads: int
     head_dim: int
@@ -102,33 +104,46 @@ class CacheOps:
         formats = frozenset((span.k_bits, span.v_bits) for span in spans if span.n)
         for pair in formats or {(16, 16)}:
             _check_shape(head_dim, chunk, pair)
-        group = heads // kv_heads
-        spec, shared = attention_spec(head_dim, group, chunk, formats, window is not None)
+        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None)
         work = divide(int(wide_address("arena", arena, arena.shape, U8)), spans, tail, kv_heads, head_dim, chunk,
-                      (OVERSUBSCRIPTION if group == 1 else 1)
-                      * _blocks_at_once(spec, shared, current_device()))  # fmt: skip
-        rows = work.n_results * group
+                      _blocks_at_once(spec, shared, current_device()))  # fmt: skip
+        return self._bound((arena,), work, formats, chunk, window, heads, kv_heads, head_dim)
+
+    def bind_batch(self, bounds: Sequence[Bound]) -> Bound:
+        """One layer of several sequences, each bound before, as one launch: row b of q, state and out is the b-th's.
+
+        Sequences may differ in formats, chunks per format and lengths. What one gets does not depend on the others.
+        """
+        shapes = {(bound.chunk, bound.window, bound.heads, bound.kv_heads, bound.head_dim) for bound in bounds}
+        if len(shapes) != 1 or any(len(bound.arenas) > 1 for bound in bounds):
+            raise KernelError(f"bind_batch takes sequences of one model and chunk size, each bound alone, but got "
+                              f"{len(bounds)} of chunk, window, heads, KV heads, head_dim {list(shapes)}")  # fmt: skip
+        formats = frozenset[tuple[int, int]]().union(*(bound.formats for bound in bounds))
+        return self._bound(tuple(bound.arenas[0] for bound in bounds), join([bound.work for bound in bounds]), formats,
+                           *shapes.pop())  # fmt: skip
+
+    def _bound(self, arenas: tuple[Array, ...], work: Work, formats: frozenset[tuple[int, int]], chunk: int,
+               window: int | None, heads: int, kv_heads: int, head_dim: int) -> Bound:  # fmt: skip
+        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None)
+        rows = work.n_results * (heads // kv_heads)
         if self._partial is None or self._partial.size < rows * head_dim:
             self._partial = _allocate((rows * head_dim,), F32)
         if self._softmax is None or self._softmax.size < 2 * rows:
             self._softmax = _allocate((2 * rows,), F32)
-        tables = []
-        for table in (work.segments, work.results):
-            tables.append(_allocate((table.nbytes,), U8))
-            tables[-1].set(np.ascontiguousarray(table).reshape(-1).view(np.uint8))
-        return Bound(spec, merge_spec(head_dim), shared, arena, tables[0], work.blocks, tables[1], self._partial,
-                     self._softmax, window or 0, heads, kv_heads, head_dim)  # fmt: skip
+        return Bound(spec, merge_spec(head_dim), shared, formats, chunk, arenas, work, _upload(work.segments),
+                     _upload(work.results), self._partial, self._softmax, window, heads, kv_heads,
+                     head_dim)  # fmt: skip
 
     def decode_attention(self, q: Array, bound: Bound, state: Array, out: Array) -> None:
-        H, D = bound.heads, bound.head_dim
+        B, H, D = len(bound.arenas), bound.heads, bound.head_dim
         partial, softmax = np.uint64(bound.partial.data.ptr), np.uint64(bound.softmax.data.ptr)
-        kernel(bound.attend, bound.shared)((bound.blocks,), (THREADS,), (
-            address("q", q, (1, H, D), F32), np.uint64(bound.segments.data.ptr),
-            address("state", state, state.shape, I32), np.int32(bound.window), partial, softmax),
-            shared_mem=bound.shared)  # fmt: skip
-        kernel(bound.merge)((H,), (MERGE_THREADS,), (
+        kernel(bound.attend, bound.shared)((bound.work.blocks,), (THREADS,), (
+            address("q", q, (B, H, D), F32), np.uint64(bound.segments.data.ptr),
+            address("state", state, (STATE_SIZE,) if B == 1 and state.ndim == 1 else (B, STATE_SIZE), I32),
+            np.int32(bound.window or 0), partial, softmax), shared_mem=bound.shared)  # fmt: skip
+        kernel(bound.merge)((H, B), (MERGE_THREADS,), (
             partial, softmax, np.uint64(bound.results.data.ptr), np.int32(H // bound.kv_heads),
-            address("out", out, (1, H * D), F32)))  # fmt: skip
+            address("out", out, (B, H * D), F32)))  # fmt: skip
 
 
 def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int) -> tuple[Spec, int]:
@@ -150,7 +165,7 @@ def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tup
 
 
 def merge_spec(head_dim: int) -> Spec:
-    return Spec.of("merge_attention.cu", "merge_attention", D=head_dim, ROTATION=head_dim & -head_dim)
+    return Spec.of("merge_attention.cu", "merge_attention", D=head_dim, THREADS=MERGE_THREADS)
 
 
 @cache
@@ -165,10 +180,10 @@ def _blocks_at_once(spec: Spec, shared: int, device: int) -> int:
 def _slot_bytes(k_bits: int, v_bits: int, chunk: int, head_dim: int) -> int:
     """Blocks::SLOT of decode_attention.cu."""
     tokens = 16 if k_bits == v_bits == 16 else min(chunk, BLOCK_TOKENS)
-    k = 2 * head_dim * tokens if k_bits == 16 else codes_bytes(True, k_bits, tokens, head_dim) + 2 * head_dim + 4
-    gap = tokens // 8 * 6 * 16 if head_dim % 64 == 0 else 0
-    v = 2 * head_dim * tokens + gap if v_bits == 16 else codes_bytes(False, v_bits, tokens, head_dim) + 2 * tokens
-    return -(-max(k, v) // 16) * 16
+    rows = tokens * (2 * head_dim + 16)
+    k = rows if k_bits == 16 else codes_bytes(True, k_bits, tokens, head_dim) + 2 * head_dim + 16
+    v = rows if v_bits == 16 else codes_bytes(False, v_bits, tokens, head_dim) + 2 * tokens
+    return max(k, v)
 
 
 def _check_shape(head_dim: int, chunk: int, widths: tuple[int, int]) -> None:
@@ -180,6 +195,12 @@ def _check_shape(head_dim: int, chunk: int, widths: tuple[int, int]) -> None:
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return allocate(shape, dtype, "decode attention", "lower --kv-bits")
+
+
+def _upload(table: npt.NDArray[Any]) -> Array:
+    array = _allocate((table.nbytes,), U8)
+    array.set(np.ascontiguousarray(table).reshape(-1).view(np.uint8))
+    return array
 
 
 def _ints(arena: Array, offset: int, n: int) -> Array:

@@ -1,9 +1,9 @@
-/* Decode attention: one token's query over the spans and the tail of one layer's cache.
+/* Decode attention: one token's query over the spans and the tail of one layer's cache, for one sequence or a batch.
  *
- * Every block of four warps has an equal share of the layer's bytes: segments, each some chunks of one span of one KV
- * head, or the slots of a tail, read for all query heads at once. The warps take a segment's blocks of up to 32 tokens
- * in turn, each with a running softmax and a queue of asynchronous copies of its own. Where KV head or rotation change,
- * and at the end, what was summed goes to a partial result; merge_attention.cu adds those up.
+ * Every block of four warps has a part of one KV head's bytes (work.py): segments, each some chunks of one span or the
+ * slots of a tail, read for all query heads of the KV head at once. The warps take a segment's blocks of up to 32 tokens
+ * in turn, each with a running softmax and a queue of asynchronous copies of its own. Where the rotation changes, and at
+ * the end, what was summed goes to a partial result; merge_attention.cu adds those up.
  *
  * K and V are the 16-row operand A of mma.m16n8k16, query heads the 8 columns: scores = K x q, output = V x p. Codes
  * are used as subnormal FP16 numbers as they are (formats.cuh). K: the scales of a chunk's channels go into q, its zeros
@@ -18,26 +18,34 @@
  * multiprocessor, FORMATS: F(K bits, V bits) of every span that is not all FP16. */
 #include "attention_segment.cuh"
 
+/* Add T tokens to x: those from row `row` of the segment, in chunk `chunk`. next(is_k): the slot of the next piece. */
+template <class B, int T, class Next>
+INLINE void attend_block(Running &x, const Source &source, Next &next, i32 chunk, i32 row) {
+    const i32 lane = threadIdx.x % WARP;
+    float s[T / 8][TILES][LANE_HEADS];
+    u8 *slot = next(true);
+    B::template scores<T>(s, source, slot, chunk, row, lane);
+    slot = B::TOGETHER ? slot + B::K_SLOT : next(false);
+    B::template values<T>(x, s, source, slot, row, lane);
+}
+
 /* Add a segment to x. Pieces (K and V of a block in turn) pass through the queue in order. q (GROUP, D), or NULL where
  * the query is prepared. */
 template <int K_BITS, int V_BITS>
-INLINE void attend(Running &x, const Source &source, const float *q, const u8 *ring) {
+INLINE void attend(Running &x, const Source &source, const float *q, Queue &queue, u8 *ring) {
     typedef Blocks<K_BITS, V_BITS> B;
-    const i32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u32 address = shared_address(ring);
-    B blocks(source, warp, lane);
+    const i32 warp = threadIdx.x / WARP;
+    B blocks(source, warp);
     i32 to = 0, from = 0;
-    auto advance = [](i32 &at) { at = at == (B::SLOTS - 1) * B::SLOT ? 0 : at + B::SLOT; };
+    auto advance = [](i32 &at) { at = at == B::SLOTS - 1 ? 0 : at + 1; };
     auto issue = [&](bool is_k) {
-        blocks.copy(source, address + to, is_k, lane);
-        copy_commit(); /* an empty group too: copy_wait counts groups */
+        blocks.copy(source, queue, to, is_k);
         advance(to);
     };
     auto next = [&](bool is_k) { /* the slot of the next piece; the slot before it is free and takes the latest one */
-        copy_wait<B::SLOTS - 2>();
-        __syncwarp();
+        queue.wait<B::SLOTS - 2>(from);
         issue(is_k == (B::SLOTS % 2 == 1));
-        const u8 *slot = ring + from;
+        u8 *slot = ring + from * B::SLOT;
         advance(from);
         return slot;
     };
@@ -48,17 +56,11 @@ INLINE void attend(Running &x, const Source &source, const float *q, const u8 *r
     for (i32 chunk = blocks.first(source, warp); chunk < blocks.chunks; chunk += blocks.step)
         for (i32 part = 0; part < B::PER_CHUNK; part++) {
             const i32 row = chunk * B::UNIT + part * B::FULL_T;
-            if (B::LAST_T != B::FULL_T && part == B::PER_CHUNK - 1) {
-                float s[B::LAST_T / 8][TILES][LANE_HEADS];
-                B::template scores<B::LAST_T>(s, source, next(true), row, lane);
-                B::template values<B::LAST_T>(x, s, next(false), lane);
-            } else {
-                float s[B::FULL_T / 8][TILES][LANE_HEADS];
-                B::template scores<B::FULL_T>(s, source, next(true), row, lane);
-                B::template values<B::FULL_T>(x, s, next(false), lane);
-            }
+            if (B::LAST_T != B::FULL_T && part == B::PER_CHUNK - 1)
+                attend_block<B, B::LAST_T>(x, source, next, chunk, row);
+            else
+                attend_block<B, B::FULL_T>(x, source, next, chunk, row);
         }
-    copy_wait<0>();
 
     if (V_BITS < 16) { /* codes to values less their centre, which the next segment may have elsewhere */
         const float centre = ((1 << (V_BITS < 16 ? V_BITS : 0)) - 1) * 0.5f;
@@ -102,7 +104,7 @@ INLINE void store_partial(Running &x, float unit, float *shared, float *out, flo
             for (i32 m = 0; m < D / 16; m++)
 #pragma unroll
                 for (i32 o = 0; o < 2; o++)
-                    shared[(warp * GROUP + head) * D + v_channel(2 * m + o, g)] = x.out[m][n][2 * o + h] * factor;
+                    shared[(warp * GROUP + head) * D + 16 * m + 8 * o + g] = x.out[m][n][2 * o + h] * factor;
         }
     __syncthreads();
     for (i32 i = threadIdx.x; i < GROUP * D; i += THREADS) {
@@ -120,24 +122,32 @@ INLINE void store_partial(Running &x, float unit, float *shared, float *out, flo
     __syncthreads(); /* the queues are free again */
 }
 
-/* grid (blocks); block b begins with segment b. q (G * GROUP, D) float32; state: position, slot.
- * partial (results, GROUP, D), softmax (results, GROUP). */
+/* grid (blocks); block b begins with segment b. q (sequences * H, D) float32, state (sequences, STATE_SIZE).
+ * partial (results, GROUP, D), softmax (results, GROUP). Until wait_for_predecessor(), which every thread calls in its
+ * first prepare_query() at the latest, only packed chunks are read: no kernel of a step writes those. */
 KERNEL __launch_bounds__(THREADS, BLOCKS)
     decode_attention(const float *q, const Segment *segments, const i32 *state, i32 window,
                      float *partial, float2 *softmax) {
     extern __shared__ __align__(16) u8 rings[];
     u8 *const ring = rings + threadIdx.x / WARP * RING;
     __shared__ Source source; /* not in registers: they are short */
-    i32 prepared = -1;        /* 2 * KV head + rotated */
+    Queue queue(shared_address(ring));
+    i32 prepared = -1; /* 2 * KV head + rotated */
     Running x;
     x.clear();
+    start_successor();
     for (i32 i = blockIdx.x; i >= 0; i = source.next) {
-        __syncthreads(); /* nobody reads the segment before or its slots any more */
+        fence_bulk();    /* slots may have been written */
+        __syncthreads(); /* nobody uses the segment before or its slots any more */
         if (threadIdx.x == 0) {
-            const i32 position = state[0], slot = state[1];
             (Segment &)source = segments[i];
-            source.oldest = WINDOWED ? position - window + 1 : 0;
-            source.tokens = source.format == TAIL ? min(slot + 1, source.n) : source.n * CHUNK;
+            source.tokens = source.n * CHUNK, source.oldest = 0;
+            if (WINDOWED || source.format == TAIL) {
+                wait_for_predecessor();
+                const i32 position = state[source.sequence * STATE_SIZE], slot = state[source.sequence * STATE_SIZE + 1];
+                if (WINDOWED) source.oldest = position - window + 1;
+                if (source.format == TAIL) source.tokens = min(slot + 1, source.n);
+            }
         }
         __syncthreads();
         const bool tail = source.format == TAIL, rotated_k = !tail && source.format < 1600;
@@ -146,11 +156,11 @@ KERNEL __launch_bounds__(THREADS, BLOCKS)
         switch (source.format) {
 #define F(k_bits, v_bits)                                                                                              \
     case FORMAT(k_bits, v_bits):                                                                                       \
-        attend<k_bits, v_bits>(x, source, new_q, ring);                                                                \
+        attend<k_bits, v_bits>(x, source, new_q, queue, ring);                                                         \
         break;
             FORMATS
 #undef F
-        default: attend<16, 16>(x, source, new_q, ring);
+        default: attend<16, 16>(x, source, new_q, queue, ring);
         }
         if (source.result >= 0) {
             const i64 at = (i64)source.result * GROUP;

@@ -3,8 +3,8 @@
  *
  * A chunk's codes are cut into blocks of 32 tokens, the last one may have 8, 16 or 24. Lane l = 4 * g + t of a warp
  * needs the operand A of m16n8k16 as registers of two halves, here called pairs:
- *   K, pair (j, r):  token 8 * r + g, channels k_channel(j, t, 0 and 1)   A = tokens x channels, D / 8 by T / 8 pairs
- *   V, pair (o, i):  channel v_channel(o, g), tokens 8 * i + 2 * t + {0, 1}   A = channels x tokens
+ *   K, pair (j, r):  token 8 * r + g, channels 8 * j + 2 * t + {0, 1}   A = tokens x channels, D / 8 by T / 8 pairs
+ *   V, pair (o, i):  channel 8 * o + g, tokens 8 * i + 2 * t + {0, 1}   A = channels x tokens
  * A lane's pairs are numbered (k_pair, v_pair) and stored in units: 16 / bits pairs in one word (2, 4, 8 bits) or 16
  * pairs in three (3 bits). A half-word holds the codes of one side of the unit's pairs from the lowest bit on; at 3 bits
  * five codes, and its top bit is bit w (w: 0, 1, 2, which word) of the unit's last code.
@@ -13,21 +13,12 @@
  * A lane's words go to memory as vectors of four (then two, then one), lanes side by side. Pairs that fill no unit
  * follow, one after another: 2 * bits bits per lane, lanes in order.
  *
- * Metadata of a K chunk: for every 16 channels and every t, 4 scales and 4 zeros (plus 128) in the order of
- * k_channel(2 * step + {0, 1}, t, {0, 1}); then the two BF16 bases. Of a V block: BF16 scales, token 8 * i + g at
+ * Metadata of a K chunk: for every 16 channels and every t, 4 scales and 4 zeros (plus 128) of the channels
+ * 16 * step + {0, 1, 8, 9} + 2 * t; then the two BF16 bases. Of a V block: BF16 scales, token 8 * i + g at
  * g * (T / 8) + i. */
 
 #define BLOCK_TOKENS 32
 #define SUBNORMAL_UNIT 16777216.f /* 2^24: one over the FP16 number whose bits are 1 */
-
-#define K_VECTOR (D % 32 == 0 ? 4 : 2)                   /* words of one FP16 K load: 8 or 4 channels */
-#define V_VECTOR (D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2) /* channels of one FP16 V load */
-
-INLINE constexpr int k_channel(int j, int t, int e) {
-    return j / K_VECTOR * 8 * K_VECTOR + t * 2 * K_VECTOR + j % K_VECTOR * 2 + e;
-}
-
-INLINE constexpr int v_channel(int o, int g) { return o / V_VECTOR * 8 * V_VECTOR + g * V_VECTOR + o % V_VECTOR; }
 
 /* The codes of one block; IS_K: K's order, else V's. */
 template <bool IS_K, int BITS, int T> struct Codes {

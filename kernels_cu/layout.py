@@ -38,9 +38,7 @@ def unpack_codes(is_k: bool, bits: int, chunk: int, head_dim: int,
 def unpack_k_meta(head_dim: int, meta: npt.NDArray[np.uint8]) -> tuple[Any, Any, Any]:
     """scales (..., D) u8, zeros (..., D) i8 and base (..., 2) f32 from a K chunk's metadata (..., 2 * D + 4)."""
     d = np.arange(head_dim)
-    vector = _k_vector(head_dim)
-    j, t = d // (8 * vector) * vector + d // 2 % vector, d // (2 * vector) % 4
-    at = (j // 2 * 4 + t) * 8 + j % 2 * 2 + d % 2
+    at = (d // 16 * 4 + d // 2 % 4) * 8 + d // 8 % 2 * 2 + d % 2
     base = np.ascontiguousarray(meta[..., 2 * head_dim :]).view(np.uint16)
     return meta[..., at], (meta[..., at + 4].astype(np.int16) - 128).astype(np.int8), _bf16(base)
 
@@ -83,9 +81,9 @@ def _block_bits(is_k: bool, bits: int, tokens: int, head_dim: int) -> npt.NDArra
                 g, t = divmod(lane, 4)
                 for side in range(2):
                     if is_k:
-                        token, channel = 8 * row + g, _k_channel(head_dim, octet, t, side)
+                        token, channel = 8 * row + g, 8 * octet + 2 * t + side
                     else:
-                        token, channel = 8 * row + 2 * t + side, _v_channel(head_dim, octet, g)
+                        token, channel = 8 * row + 2 * t + side, 8 * octet + g
                     for bit in range(bits):
                         if pair >= octets * rows // unit * unit:  # fills no unit
                             row_bits = 64 * bits * (pair - octets * rows // unit * unit)
@@ -110,20 +108,6 @@ def _word(words: int, word: int, lane: int) -> int:
             return start + 8 * lane + word % 2 * 4
         start += 256
     return start + 4 * lane
-
-
-def _k_vector(head_dim: int) -> int:
-    return 4 if head_dim % 32 == 0 else 2
-
-
-def _k_channel(head_dim: int, octet: int, t: int, side: int) -> int:
-    vector = _k_vector(head_dim)
-    return octet // vector * 8 * vector + t * 2 * vector + octet % vector * 2 + side
-
-
-def _v_channel(head_dim: int, octet: int, g: int) -> int:
-    vector = 8 if head_dim % 64 == 0 else 4 if head_dim % 32 == 0 else 2
-    return octet // vector * 8 * vector + g * vector + octet % vector
 
 
 def _bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -1,10 +1,10 @@
 /* The partial results of decode_attention to its output, one block per query head. A KV head's results are neighbours,
  * those of quantized V (whose output is rotated) first: out = (H * sum of the rotated + sum of the others) / sum of p.
  *
- * Macros: D head_dim, ROTATION the largest power of two that divides it. */
+ * Macros: D head_dim, THREADS. */
 #include "common.cuh"
+#include "rotation.cuh"
 
-#define THREADS 512
 #define COLUMNS (D / 4)             /* threads side by side on one result */
 #define SLICES (THREADS / COLUMNS)  /* results at a time */
 
@@ -15,22 +15,24 @@ INLINE void add_scaled(float4 &sum, float keep, float4 x, float f) {
 }
 
 struct Results {
-    i32 first, rotated, n; /* of one KV head */
+    i32 first, rotated, n; /* of one KV head of one sequence */
 };
 
-/* grid (query heads). partial (results, group, D), softmax (results, group): maximum and sum; out (H, D). */
+/* grid (query heads, sequences). partial (results, group, D), softmax (results, group): maximum and sum;
+ * out (sequences, H, D). */
 KERNEL __launch_bounds__(THREADS)
     merge_attention(const float *partial, const float2 *softmax, const Results *results, i32 group, float *out) {
     __shared__ __align__(16) float sums[2][SLICES][D];
     __shared__ float maxima[SLICES], totals[SLICES];
-    const i32 head = blockIdx.x, slice = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-    const Results mine = results[head / group];
+    const i32 head = blockIdx.y * gridDim.x + blockIdx.x, slice = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const Results mine = results[head / group];               /* no kernel writes these */
     const i64 first = (i64)mine.first * group + head % group; /* results are `group` rows apart */
-
+    start_successor();
+    wait_for_predecessor();
     if (slice < SLICES) {
         float4 sum[2] = {};
         float maximum = -1e30f, total = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (i32 i = slice; i < mine.n; i += SLICES) {
             const i64 row = first + (i64)i * group;
             const float2 s = softmax[row];
@@ -55,15 +57,18 @@ KERNEL __launch_bounds__(THREADS)
         for (i32 s = 0; s < SLICES; s++) x += to[s * D] * exp2f(maxima[s] - maximum);
         *to = x;
     }
-    float *const rotated = sums[0][0], *const plain = sums[1][0];
-    for (i32 distance = 1; mine.rotated && distance < ROTATION; distance *= 2) {
-        __syncthreads();
-        for (i32 i = threadIdx.x; i < D / 2; i += THREADS) {
-            const i32 at = i / distance * 2 * distance + i % distance;
-            const float a = rotated[at], b = rotated[at + distance];
-            rotated[at] = a + b, rotated[at + distance] = a - b;
-        }
-    }
     __syncthreads();
-    for (i32 d = threadIdx.x; d < D; d += THREADS) out[head * D + d] = (rotated[d] + plain[d]) / total;
+    if (threadIdx.x >= WARP) return;
+    float x[LANE_CHANNELS];
+#pragma unroll
+    for (i32 i = 0; i < LANE_CHANNELS; i++) {
+        const i32 d = threadIdx.x * LANE_CHANNELS + i;
+        x[i] = d < D ? sums[0][0][d] : 0.f;
+    }
+    rotate_head(x, threadIdx.x);
+#pragma unroll
+    for (i32 i = 0; i < LANE_CHANNELS; i++) {
+        const i32 d = threadIdx.x * LANE_CHANNELS + i;
+        if (d < D) out[(i64)head * D + d] = (x[i] + sums[1][0][d]) / total;
+    }
 }

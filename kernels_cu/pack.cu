@@ -148,8 +148,7 @@ INLINE void encode_k(const float *y, u8 *codes, u8 *meta, float *scales, float *
         const float units = zero_step > 0 ? __fdiv_rn(zeros[d], zero_step) : 0.f;
         const float rounded = clip(rintf(units), -127, 127);
         const float zero = mul(rounded, zero_step), inverse = inverse_or_zero(mul(scales[d], step));
-        const i32 j = d / (8 * K_VECTOR) * K_VECTOR + d / 2 % K_VECTOR, t = d / (2 * K_VECTOR) % 4;
-        u8 *const to = meta + (j / 2 * 4 + t) * 8 + j % 2 * 2 + d % 2;
+        u8 *const to = meta + (d / 16 * 4 + d / 2 % 4) * 8 + d / 8 % 2 * 2 + d % 2;
         to[0] = (u8)scales[d], to[4] = (u8)((i32)rounded + 128);
 #pragma unroll 8
         for (i32 token = 0; token < CHUNK; token++)
@@ -213,8 +212,8 @@ INLINE void encode_v(const float *y, u8 *codes, u8 *meta) {
 /* Side e of a lane's pair; codes (T, D). */
 template <class C> INLINE u32 code_at(const u8 *codes, i32 pair, i32 lane, i32 e) {
     const i32 g = lane / 4, t = lane % 4, octet = C::octet_of(pair), r = C::r_of(pair);
-    return PACKS_K ? codes[(8 * r + g) * D + k_channel(octet, t, e)]
-                   : codes[(8 * r + 2 * t + e) * D + v_channel(octet, g)];
+    return PACKS_K ? codes[(8 * r + g) * D + 8 * octet + 2 * t + e]
+                   : codes[(8 * r + 2 * t + e) * D + 8 * octet + g];
 }
 
 template <int T> INLINE void store_block(const u8 *codes, u32 *out) {

@@ -1,8 +1,13 @@
-"""How one layer's decode attention is divided among the GPU's blocks: equal shares of its bytes, decided once.
+"""How one layer's decode attention is divided among the GPU's blocks, decided once when a sequence is bound.
 
-The chunks of all KV heads, those with quantized V first, form one sequence that is cut into as many parts as blocks
-run at once. The tail, whose length grows, has blocks of its own. Nothing here depends on what else the GPU does, so
-neither do results.
+The chunks of each KV head, those with quantized V first, form one sequence of bytes that is cut into parts, one per
+block. As many blocks as the GPU runs at once get a large part each; what is left is cut into small ones, which the GPU
+hands to whichever processor is free first: processors do not progress equally, and the slowest one sets the time. The
+tail, whose length grows, has blocks of its own.
+
+The cuts depend on the sequence and the kind of GPU alone: not on what else runs, nor on who shares a batch (`join`
+only puts parts of several sequences into one list). A part has a partial result of its own and the merge adds them in
+a fixed order, so a sequence's outputs have the same bits alone and in any batch.
 """
 
 from __future__ import annotations
@@ -17,96 +22,126 @@ import numpy.typing as npt
 
 from kernels_cu.layout import chunk_bytes
 
-SEGMENT = np.dtype([(name, np.uint64) for name in ("k_codes", "k_meta", "v_codes", "v_meta", "positions")]
-                   + [(name, np.int32) for name in ("format", "head", "n", "part", "parts", "result", "next", "pad")])
+POINTERS = ("k_codes", "k_meta", "v_codes", "v_meta", "positions")
+NUMBERS = ("format", "sequence", "head", "n", "part", "parts", "result", "next")
+SEGMENT = np.dtype([(name, np.uint64) for name in POINTERS] + [(name, np.int32) for name in NUMBERS])
 TAIL = 0  # as a segment's format; others are 100 * K bits + V bits
-FP16 = 1616
-MIN_PART = 24 * 1024  # bytes; shorter parts cost more to begin and to merge than they save
-
+MIN_PART = 48 * 1024  # bytes; shorter parts cost more to begin and to merge than they save
+LARGE = 0.8  # of all bytes: what the parts that begin at once take
+SMALL = 0.2  # of such a block's equal share: a small part
+STAGGER = 0.2  # how much the large parts differ in size, so that blocks do not begin and end together
 
 Span = Any  # runtime.backend.Span
 Tail = Any  # runtime.backend.Tail
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Work:
-    """segments: SEGMENT (n,), block b begins with segment b and goes on with its `next`; results: int32 (G, 3), first,
-    rotated and number of each KV head's partial results; n_results: of all."""
+    """segments: SEGMENT (n,), block b begins with segment b and goes on with its `next`; large: how many of the blocks
+    are to begin first; results: int32 (heads, 3), first, rotated and number of each KV head's; n_results: of all."""
 
     segments: npt.NDArray[Any]
     blocks: int
+    large: int
     results: npt.NDArray[np.int32]
     n_results: int
 
 
 def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int) -> Work:
-    """The work of a layer whose arena begins at address `base`, for a GPU that runs `blocks` blocks at once.
-
-    Layers of one shape differ only in where they lie, so they are divided once, as if they began at 0.
-    """
-    start = min([tail.k, *(span.k_codes for span in spans)])
-    placed = tuple(replace(span, **{name: getattr(span, name) - start for name in _PLACES}) for span in spans)
-    tail_placed = replace(tail, k=tail.k - start, v=tail.v - start, positions=0)
-    work = _divide(placed, tail_placed, kv_heads, head_dim, chunk, blocks)
+    """The work of a layer whose arena begins at address `base`, for a GPU that runs `blocks` blocks at once."""
+    spans = sorted((span for span in spans if span.n), key=lambda span: span.v_bits == 16)
+    shape = tuple((span.n, span.k_bits, span.v_bits) for span in spans)
+    work, source, first = _divide(shape, tail.capacity, kv_heads, head_dim, chunk, blocks)
+    row = 2 * head_dim * tail.capacity
+    places = {"k_codes": [(span.k_codes, span.k_codes_stride) for span in spans] + [(tail.k, row)],
+              "k_meta": [(span.k_meta, span.k_meta_stride) for span in spans] + [(0, 0)],
+              "v_codes": [(span.v_codes, span.v_codes_stride) for span in spans] + [(tail.v, row)],
+              "v_meta": [(span.v_meta, span.v_meta_stride) for span in spans] + [(0, 0)],
+              "positions": [(span.positions, 0) for span in spans] + [(tail.positions, 0)]}  # fmt: skip
+    sizes = np.array([[*chunk_bytes(True, k_bits, chunk, head_dim), *chunk_bytes(False, v_bits, chunk, head_dim), 4]
+                      for _, k_bits, v_bits in shape] + [[0] * 5])  # fmt: skip
     segments = work.segments.copy()
-    for name in _PLACES:
-        segments[name] += np.uint64(base + start)
-    segments["positions"][segments["format"] == TAIL] = base + tail.positions  # the one array of all layers
+    for name, size in zip(POINTERS, sizes.T, strict=True):
+        start, stride = np.array(places[name], np.int64).T
+        segments[name] = base + start[source] + segments["head"] * stride[source] + first * size[source]
     return replace(work, segments=segments)
 
 
-_PLACES = ("k_codes", "k_meta", "v_codes", "v_meta", "positions")  # byte offsets of a Span, addresses of a segment
+def join(works: Sequence[Work]) -> Work:
+    """One list of what several sequences have to do; KV head h of sequence b becomes head b * kv_heads + h."""
+    kv_heads = len(works[0].results)
+    segments: list[npt.NDArray[Any]] = []
+    results, order, n_results = [], [], 0
+    for b, work in enumerate(works):
+        part, first = work.segments.copy(), sum(len(others) for others in segments)
+        part["sequence"] = b
+        part["head"] += b * kv_heads
+        part["result"] += np.where(part["result"] >= 0, n_results, 0).astype(np.int32)
+        part["next"] += np.where(part["next"] >= 0, first, 0).astype(np.int32)
+        segments.append(part)
+        results.append(work.results + np.array([n_results, 0, 0], np.int32))
+        order.append(np.where(np.arange(len(part)) < work.large, 0, np.where(np.arange(len(part)) < work.blocks, 1, 2)))
+        n_results += work.n_results
+    joined, new_to_old = np.concatenate(segments), np.argsort(np.concatenate(order), kind="stable")
+    old_to_new = np.argsort(new_to_old).astype(np.int32)
+    joined["next"] = np.where(joined["next"] >= 0, old_to_new[joined["next"]], -1)
+    return Work(joined[new_to_old], sum(work.blocks for work in works), sum(work.large for work in works),
+                np.concatenate(results), n_results)  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _divide(spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int) -> Work:
-    """With offsets for addresses; shared by those who ask, so not to be changed."""
-    spans = sorted((span for span in spans if span.n), key=lambda span: span.v_bits == 16)
-    sizes = [(*chunk_bytes(True, span.k_bits, chunk, head_dim), *chunk_bytes(False, span.v_bits, chunk, head_dim))
-             for span in spans]  # fmt: skip
-    costs = [sum(size) for size in sizes]
-    total = kv_heads * sum(span.n * cost for span, cost in zip(spans, costs, strict=True))
-    row = 2 * head_dim * tail.capacity  # bytes of the tail's K or V
-    share = 2 * kv_heads * row / (total + 2 * kv_heads * row)
-    tail_blocks = min(max(1, round(share * blocks / kv_heads)), -(-tail.capacity // 64))
-    parts = max(1, min(max(blocks - kv_heads * tail_blocks, blocks // 4), total // MIN_PART))
+def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: int, head_dim: int, chunk: int,
+            blocks: int) -> tuple[Work, Ints, Ints]:  # fmt: skip
+    """What layers of one shape share. spans: chunks, K bits, V bits. The work without its pointers, and each segment's
+    span (-1: the tail) and first chunk."""
+    costs = [sum(chunk_bytes(True, k, chunk, head_dim)) + sum(chunk_bytes(False, v, chunk, head_dim))
+             for _, k, v in spans]  # fmt: skip
+    total = sum(n * cost for (n, _, _), cost in zip(spans, costs, strict=True))  # bytes of one KV head
+    tail_bytes = 4 * head_dim * capacity
+    tail_parts = min(max(1, round(tail_bytes / (total + tail_bytes) * blocks / kv_heads)), -(-capacity // 64))
+    ends, large = _cuts(total, max(1, blocks // kv_heads - tail_parts))
 
-    segments = []  # block, then SEGMENT without its result
-    for head in range(kv_heads):
-        for part in range(tail_blocks):
-            segments.append((head * tail_blocks + part, tail.k + head * row, 0, tail.v + head * row, 0,
-                             tail.positions, TAIL, head, tail.capacity, part, tail_blocks))  # fmt: skip
+    one_head: list[tuple[int, ...]] = [(part - tail_parts, -1, 0, TAIL, capacity, part, tail_parts)
+                                       for part in range(tail_parts)]  # fmt: skip
     done = 0
-    for head in range(kv_heads):
-        for span, (k_codes, k_meta, v_codes, v_meta), cost in zip(spans, sizes, costs, strict=True):
-            part_of = (done + (2 * np.arange(span.n, dtype=np.int64) + 1) * cost // 2) * parts // total
-            done += span.n * cost
-            for part, c, n in zip(*np.unique(part_of, return_index=True, return_counts=True), strict=True):
-                segments.append((kv_heads * tail_blocks + int(part),
-                                 span.k_codes + head * span.k_codes_stride + int(c) * k_codes,
-                                 span.k_meta + head * span.k_meta_stride + int(c) * k_meta,
-                                 span.v_codes + head * span.v_codes_stride + int(c) * v_codes,
-                                 span.v_meta + head * span.v_meta_stride + int(c) * v_meta,
-                                 span.positions + 4 * int(c), 100 * span.k_bits + span.v_bits, head, int(n), 0,
-                                 1))  # fmt: skip
+    for i, ((n, k_bits, v_bits), cost) in enumerate(zip(spans, costs, strict=True)):
+        part_of = np.searchsorted(ends, done + (2 * np.arange(n) + 1) * cost / 2)  # by the middles of the chunks
+        done += n * cost
+        for part, first, count in zip(*np.unique(part_of, return_index=True, return_counts=True), strict=True):
+            one_head.append((part, i, first, 100 * k_bits + v_bits, count, 0, 1))
+    columns = np.tile(np.array(one_head, np.int64).T, kv_heads)
+    head = np.repeat(np.arange(kv_heads), len(one_head))
+    order = np.argsort(columns[0] >= large, kind="stable")  # all large parts before the small ones
+    columns, head = columns[:, order], head[order]
+    table = np.zeros(len(order), SEGMENT)
+    for name, column in zip(("format", "n", "part", "parts"), columns[3:], strict=True):
+        table[name] = column
+    table["head"], table["result"], table["next"] = head, -1, -1
 
-    block_of = np.array([segment[0] for segment in segments], np.int32)
-    table = np.array([(*segment[1:], -1, -1, 0) for segment in segments], SEGMENT)
-    results, n_results = _place_results(table, block_of, kv_heads)
-    return Work(_chain(table, block_of), len(np.unique(block_of)), results, n_results)
-
-
-def _chain(table: npt.NDArray[Any], block_of: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-    """The segments with each block's first one at the block's index, and `next` for the others."""
-    begins = np.append(True, block_of[1:] != block_of[:-1])
-    place = np.where(begins, np.cumsum(begins) - 1, begins.sum() + np.cumsum(~begins) - 1)
+    which, source, first_chunk = columns[:3]
+    begins = np.append(True, (which[1:] != which[:-1]) | (head[1:] != head[:-1]))
+    results, n_results = _place_results(table, np.cumsum(begins), kv_heads)
+    place = np.where(begins, np.cumsum(begins) - 1, begins.sum() + np.cumsum(~begins) - 1)  # first segments go first
     table["next"][:-1] = np.where(begins[1:], -1, place[1:])
-    chained = np.empty_like(table)
-    chained[place] = table
-    return chained
+    old = np.argsort(place)
+    work = Work(table[old], int(begins.sum()), int((begins & (which < large)).sum()), results, n_results)
+    return work, source[old], first_chunk[old]
 
 
-def _place_results(table: npt.NDArray[Any], block_of: npt.NDArray[np.int32], kv_heads: int) -> tuple[Any, int]:
+def _cuts(total: int, at_once: int) -> tuple[npt.NDArray[Any], int]:
+    """Where each part but the last of one KV head's `total` bytes ends, and how many parts are large."""
+    if total < 2 * at_once * MIN_PART:  # one wave of equal parts
+        n = max(1, min(at_once, total // MIN_PART))
+        return np.arange(1, n) * (total / n), n
+    share = total / at_once
+    larges = LARGE * share * (1 + STAGGER * (np.arange(at_once) % 4 / 3 - 0.5))
+    left = total - larges.sum()
+    n = max(1, int(left // max(MIN_PART, SMALL * share)))
+    return np.cumsum(np.concatenate([larges, np.full(n, left / n)]))[:-1], at_once
+
+
+def _place_results(table: npt.NDArray[Any], block_of: Ints, kv_heads: int) -> tuple[npt.NDArray[np.int32], int]:
     """Give a result to each last segment of a block, a KV head and a rotation; each head's are neighbours."""
     rotated = (table["format"] != TAIL) & (table["format"] % 100 < 16)
     kind = np.stack([block_of, table["head"], rotated])

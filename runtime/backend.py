@@ -127,6 +127,12 @@ class Backend(Protocol):
              chunk: int, window: int | None) -> Any:
         """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel)."""
 
+    def bind_batch(self, bounds: Sequence[Any]) -> Any:
+        """One layer of several sequences, each bound before, for one call of decode_attention.
+
+        What a sequence gets does not depend on who shares the batch, to the last bit.
+        """
+
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that does what `step` does, perhaps recorded once and replayed.
 
@@ -193,7 +199,10 @@ class Backend(Protocol):
         """Copy rows (m,) of k, v (G, S, D) f16 to tail slots slot..slot+m-1 and write their positions (= rows)."""
 
     def decode_attention(self, q: Array, bound: Any, state: Array, out: Array) -> None:
-        """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D)."""
+        """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D).
+
+        With a batch of B bounds: q (B, H, D), state (B, STATE_SIZE), out (B, H*D), a row for each sequence.
+        """
 
     # end of the step -------------------------------------------------------------------------------------------
     def sample(self, logits: Array, draws: Draws, state: Array) -> None:

@@ -89,22 +89,21 @@ class Sequence:
         self.gpu.copy_tail(k, v, rows, self.arena, self.tail, 0)
         return len(rows)
 
-    def attend(self, group, q_scale=1.0, repeats=1):
-        """Outputs (H, D) of the GPU, one per repeat, and the queries (H, D); the newest token is the last row."""
+    def ready(self, group, q_scale=1.0):
+        """q (1, H, D), the state of the newest token, which is the last row, and what bind makes of the cache."""
         visible = self.pack()
         layout = self.layout
         heads = group * layout.n_kv_heads
         state = np.zeros(STATE_SIZE, np.int32)
         state[STATE_POSITION], state[STATE_SLOT] = self.tokens - 1, visible - 1
         q = (self.rng.standard_normal((1, heads, layout.head_dim)) * q_scale).astype(np.float32)
-        bound = self.gpu.bind(self.arena, self.spans, self.tail, heads, layout.n_kv_heads, layout.head_dim,
-                              layout.chunk, layout.window)
-        device_q, device_state = self.gpu.upload(q), self.gpu.upload(state)
-        outs = []
-        for _ in range(repeats):
-            out = self.gpu.upload(np.full((1, heads * layout.head_dim), np.nan, np.float32))
-            self.gpu.decode_attention(device_q, bound, device_state, out)
-            outs.append(self.gpu.download(out).reshape(heads, -1))
+        return q, state, self.gpu.bind(self.arena, self.spans, self.tail, heads, layout.n_kv_heads, layout.head_dim,
+                                       layout.chunk, layout.window)
+
+    def attend(self, group, q_scale=1.0, repeats=1):
+        """Outputs (H, D) of the GPU, one per repeat, and the queries (H, D)."""
+        q, state, bound = self.ready(group, q_scale)
+        outs = [attend(self.gpu, q, bound, state)[0] for _ in range(repeats)]
         return outs, q[0].astype(np.float64)
 
     def reference(self, q):
@@ -142,6 +141,13 @@ class Sequence:
             outs.append(out)
             allowed.append(moved * np.expm1(min(score_error, 50)) + 2.0**-11 * (p @ norms))
         return np.array(outs), np.array(allowed)
+
+
+def attend(gpu, q, bound, state):
+    """Decode attention of q (B, H, D), as (B, H, D); NaN where nothing was written."""
+    out = gpu.upload(np.full((len(q), q[0].size), np.nan, np.float32))
+    gpu.decode_attention(gpu.upload(q), bound, gpu.upload(state), out)
+    return gpu.download(out).reshape(q.shape)
 
 
 def region(arena, codes, stride, nbytes, n, heads):
@@ -278,3 +284,32 @@ def test_a_tail_alone(tokens):
     sequence = Sequence(tokens, [(16, 16)], [0], 32, 128, kv_heads=2, suffix=tokens, max_new=500)
     (out,), q = sequence.attend(4)
     assert_close(sequence, out, q)
+
+
+def check_batch(batch, group):
+    """Every sequence gets the bits in the batch that it gets alone, and the right ones."""
+    qs, states, bounds = zip(*(sequence.ready(group) for sequence in batch), strict=True)
+    alone = [attend(make_backend(), *one)[0] for one in zip(qs, bounds, states, strict=True)]
+    together = attend(make_backend(), np.concatenate(qs), make_backend().bind_batch(bounds), np.stack(states))
+    for sequence, q, out, expected in zip(batch, qs, together, alone, strict=True):
+        assert np.array_equal(out, expected), "the batch changed a sequence's output"
+        assert_close(sequence, out, q[0].astype(np.float64))
+
+
+@pytest.mark.usefixtures("compiled")
+@SETTINGS
+@given(sequences(max_chunks=6), st.lists(st.tuples(seeds, st.integers(1, 9), st.integers(1, 400)), max_size=15))
+def test_a_batch_equals_its_sequences_alone(case, others):
+    group, arguments = case
+    more = [arguments | {"seed": seed, "max_new": max_new, "counts": [chunks] * len(arguments["tiers"])}
+            for seed, chunks, max_new in others]
+    check_batch([Sequence(**each) for each in (arguments, *more)], group)
+
+
+def test_a_batch_of_other_formats_and_lengths():
+    check_batch([
+        Sequence(1, [(3, 2), (4, 4), (16, 16)], [300, 40, 20], 32, 128, kv_heads=2, prefix=3, suffix=9, max_new=20),
+        Sequence(2, [(2, 2)], [90], 32, 128, kv_heads=2, suffix=17, max_new=300),
+        Sequence(3, [(3, 2)], [0], 32, 128, kv_heads=2, prefix=5, suffix=3),
+        Sequence(4, [(4, 4), (8, 16)], [10, 130], 32, 128, kv_heads=2, prefix=7, suffix=3),
+    ], 4)  # fmt: skip

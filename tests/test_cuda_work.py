@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'", exc_type=ImportError)
 
 from kernels_cu.layout import chunk_bytes
-from kernels_cu.work import TAIL, divide
+from kernels_cu.work import POINTERS, TAIL, divide, join
 from runtime.arena import ArenaLayout
 from runtime.plan import FP16, DocumentShape, Tier
 
@@ -57,3 +57,52 @@ def test_each_chunk_once_at_its_address(counts, G, D, chunk, max_new, base, bloc
                     ("k_codes", "k_meta", "v_codes", "v_meta"), sizes_of[int(segment["format"])], strict=True))
         assert found == expected
         assert all(sorted(mine) == [(i, len(mine)) for i in range(len(mine))] and mine for mine in parts)
+
+
+def chains(work):
+    """Of each block its segments in order."""
+    assert work.large <= work.blocks <= len(work.segments)
+    found = []
+    for block in range(work.blocks):
+        chain, at = [], block
+        while at >= 0:
+            chain.append(work.segments[at])
+            at = int(work.segments[at]["next"])
+        found.append(chain)
+    assert sum(map(len, found)) == len(work.segments)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(0, 300), min_size=4, max_size=4), min_size=1, max_size=5),
+    G=st.integers(1, 3),
+    blocks=st.sampled_from([1, 7, 132]),
+)
+def test_a_batch_is_its_sequences_blocks(counts, G, blocks):
+    """join keeps each sequence's blocks and results as they are: only their places and the sequence's number change."""
+    works = []
+    for b, each in enumerate(counts):
+        shape = DocumentShape(n_layers=1, n_kv_heads=G, head_dim=64, chunk=32, n_chunks=sum(each), prefix=3,
+                              remainder=2, suffix=5, max_new=9, window=None)
+        sizes = ArenaLayout(shape.layout(TIERS, each))
+        works.append(divide(b << 32, [span for span in sizes.spans(0) if span.n], sizes.tail(0), G, 64, 32, blocks))
+    joined = join(works)
+    expected, results = set(), set()
+    for b, work in enumerate(works):
+        for chain in chains(work):
+            expected.add(tuple((b, *(segment[name].item() for name in (*POINTERS, "format", "n", "part", "parts")),
+                                int(segment["head"]), int(segment["result"])) for segment in chain))
+        for head, (first, rotated, n) in enumerate(work.results.tolist()):
+            results |= {(b, head, i, i < rotated, first + i) for i in range(n)}
+        assert len(results) == sum(one.n_results for one in works[: b + 1])
+    starts = [sum(work.n_results for work in works[:b]) for b in range(len(works))]
+    found = {tuple((int(segment["sequence"]),
+                    *(segment[name].item() for name in (*POINTERS, "format", "n", "part", "parts")),
+                    int(segment["head"]) - G * int(segment["sequence"]),
+                    max(-1, int(segment["result"]) - starts[int(segment["sequence"])])) for segment in chain)
+             for chain in chains(joined)}  # fmt: skip
+    assert found == expected
+    assert {(row // G, row % G, i, i < rotated, first + i - starts[row // G])
+            for row, (first, rotated, n) in enumerate(joined.results.tolist()) for i in range(n)} == results
+    assert joined.large == sum(work.large for work in works)

@@ -148,6 +148,20 @@ def test_results_depend_on_neither_threads_nor_repetition(backend: CpuBackend, c
 
 
 @on_every_isa
+def test_a_batch_equals_its_sequences_alone(backend: CpuBackend) -> None:
+    """Sequences of other lengths and formats in one call."""
+    batch = [Stored(case, backend, None) for case in (
+        plain_case(), plain_case(tiers=(Tier(2, 4),), suffix=40, seed=2), plain_case(n_chunks=0, counts=((0,),)))]
+    alone = [stored.attend() for stored in batch]
+    q, out = np.stack([stored.q for stored in batch]), np.full((3, alone[0].size), np.nan, np.float32)
+    states, bound = np.stack([stored.state for stored in batch]), backend.bind_batch([stored.bound for stored in batch])
+    backend.decode_attention(q, bound, states, out)
+    assert out.tobytes() == np.stack(alone).tobytes()
+    with pytest.raises(KernelError, match="2, 3 and 3 rows for a batch of 3"):
+        backend.decode_attention(q[:2], bound, states, out)
+
+
+@on_every_isa
 @pytest.mark.parametrize("tier", [Tier(2, 2), Tier(3, 4), Tier(8, 8), FP16], ids=str)
 def test_the_bound_notices_one_missing_key(backend: CpuBackend, tier: Tier) -> None:
     stored = Stored(plain_case(tiers=(tier,)), backend, None)
