@@ -296,9 +296,8 @@ def check_batch(batch, group):
         assert_close(sequence, out, q[0].astype(np.float64))
 
 
-@pytest.mark.usefixtures("compiled")
-@SETTINGS
-@given(sequences(max_chunks=6), st.lists(st.tuples(seeds, st.integers(1, 9), st.integers(1, 400)), max_size=15))
+@spread(sequences(max_chunks=6), st.lists(st.tuples(seeds, st.integers(1, 9), st.integers(1, 400)), max_size=15),
+        examples=EXAMPLES)
 def test_a_batch_equals_its_sequences_alone(case, others):
     group, arguments = case
     more = [arguments | {"seed": seed, "max_new": max_new, "counts": [chunks] * len(arguments["tiers"])}
