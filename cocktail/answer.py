@@ -92,7 +92,8 @@ class AnswerStream:
     """Iterate for pieces of text; `answer` holds the whole once the iteration has ended.
 
     The prompt is read when the first piece is asked for. Ctrl-C while a piece is made, or close(), ends the answer
-    with what was generated so far; before the chunks are scored there is no answer yet, and Ctrl-C passes through.
+    with what was generated so far. plan is None until the chunks are scored: there is no answer yet, and Ctrl-C passes
+    through.
     """
 
     job: Job
@@ -103,7 +104,7 @@ class AnswerStream:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._reading: Reading | None = None
-        self._plan = self.job.plan if isinstance(self.job.plan, Plan) else None
+        self.plan: Plan | None = self.job.plan if isinstance(self.job.plan, Plan) else None
         self._first_at = 0.0
         self._begin = time.perf_counter()
         self._pieces = self._run()
@@ -116,7 +117,7 @@ class AnswerStream:
 
     def close(self) -> None:
         """End the answer here; `answer` then holds what there is."""
-        if self._answer is None and self._plan is not None:
+        if self._answer is None and self.plan is not None:
             self._finish("interrupted")
         self._pieces = iter(())
 
@@ -157,7 +158,7 @@ class AnswerStream:
                     reason = "stop"
                     break
         except KeyboardInterrupt:
-            if self._plan is None:
+            if self.plan is None:
                 raise
             reason = "interrupted"
         if rest := stops.push(decoder.finish()) + stops.finish():
@@ -171,13 +172,13 @@ class AnswerStream:
             return plan
 
         def make() -> Plan:
-            self._plan = plan.make()
-            return self._plan
+            made = self.plan = plan.make()
+            return made
 
         return PendingPlan(plan.layout, make)
 
     def _finish(self, reason: FinishReason) -> None:
-        job, plan, timing = self.job, self._plan, self._reading.timing if self._reading else Timing()
+        job, plan, timing = self.job, self.plan, self._reading.timing if self._reading else Timing()
         assert plan is not None
         layout, sizes = plan.layout, plan_sizes(plan)
         self._answer = Answer("".join(self._text), tuple(self._ids), reason, plan, Stats(

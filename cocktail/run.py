@@ -196,6 +196,8 @@ def _stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace) -
                 print(piece, end="", flush=True)
                 last = piece or last
         except KeyboardInterrupt:
+            if stream.plan is None:
+                raise  # while chunks were scored: there is nothing to report
             stream.close()  # it came between two pieces; the stream itself ends cleanly on one within a piece
     if last and not last.endswith("\n"):
         print(flush=True)

@@ -33,6 +33,7 @@ class FakeStream:
     pieces: list[str | BaseException]
     text: str = ""
     reason: str = "length"
+    plan: Plan | None = field(default_factory=make_plan)
 
     def __iter__(self) -> Iterator[str]:
         for piece in self.pieces:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model import STATS, FakeModel, make_plan
+from fake_model import STATS, FakeModel, FakeStream, make_plan
 
 import cocktail
 from cocktail import run
@@ -198,6 +198,12 @@ def test_interrupted_between_pieces_keeps_the_answer_so_far(model, files, capsys
     out, err = capsys.readouterr()
     assert out == "Odo \n"
     assert json.loads(err.splitlines()[-1])["finish_reason"] == "interrupted"
+
+
+def test_interrupted_while_chunks_are_scored(model, files, capsys, monkeypatch):
+    monkeypatch.setattr(model, "ask", lambda *_, **__: FakeStream([KeyboardInterrupt()], plan=None))
+    assert run.main([*ASK, "--stats", "json"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_interrupted_while_loading(model, files, monkeypatch, capsys):
