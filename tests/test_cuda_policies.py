@@ -46,7 +46,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("head_dim", "group", "kv_heads", "n_chunks", "window"), [
-    (128, 4, 8, 301, None), (128, 1, 4, 40, None), (64, 3, 3, 7, None), (128, 4, 2, 90, 1500)])
+    (128, 4, 8, 301, None), (64, 2, 2, 40, None), (128, 4, 2, 90, 1500)])
 def test_attention_over_chunks_in_place(head_dim, group, kv_heads, n_chunks, window):
     """Hundreds of short spans: the float64 reference within what FP16 operands cost; the same bits every time."""
     rng = np.random.default_rng(n_chunks)
