@@ -11,6 +11,9 @@
 #define ROTATION (D & -D)
 #define STRIDE (D + 8) /* floats of a row in shared memory: eight columns of four rows fall into different banks */
 #define TOP ((1 << WIDTH) - 1)
+#define HELD (CHUNK <= 32 ? CHUNK : 1)     /* tokens of a channel that a thread has room for */
+#define UNROLL (CHUNK <= 32 ? CHUNK : 8)
+#define LANES 8 /* of a warp, for each token of V */
 
 INLINE float add(float a, float b) { return __fadd_rn(a, b); }
 INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
@@ -81,15 +84,21 @@ INLINE float quantize_k(float y, float zero, float inverse) {
 /* Scale and zero of the channel whose tokens are y[0], y[STRIDE], ..., before they are rounded to 8 bits. */
 INLINE void fit_k(const float *y, float &best_scale, float &best_zero) {
     const float tokens = CHUNK;
-    float low = y[0], high = y[0], mean = y[0];
-#pragma unroll 8
+    float held[HELD], codes[HELD];
+    if (CHUNK == HELD)
+#pragma unroll
+        for (i32 t = 0; t < HELD; t++) held[t] = y[t * STRIDE];
+    const auto value = [&](i32 t) { return CHUNK == HELD ? held[t] : y[t * STRIDE]; };
+    float low = value(0), high = value(0), mean = value(0);
+#pragma unroll UNROLL
     for (i32 t = 1; t < CHUNK; t++) {
-        const float a = y[t * STRIDE];
+        const float a = value(t);
         low = fminf(low, a), high = fmaxf(high, a), mean = add(mean, a);
     }
     const float middle = mul(add(low, high), 0.5f), half = mul(sub(high, low), 0.5f);
     mean = __fdiv_rn(mean, tokens);
     float best = INFINITE;
+#pragma unroll 1
     for (i32 attempt = 0; attempt < (WIDTH == 8 ? 1 : 3); attempt++) {
         const float share = attempt == 0 ? 1.f : attempt == 1 ? 0.85f : 0.7f;
         const float limit = mul(half, share);
@@ -99,13 +108,18 @@ INLINE void fit_k(const float *y, float &best_scale, float &best_zero) {
             return;
         }
         float code_mean = 0; /* whole numbers: exact */
-#pragma unroll 8
-        for (i32 t = 0; t < CHUNK; t++) code_mean += quantize_k(y[t * STRIDE], z, inverse);
+#pragma unroll UNROLL
+        for (i32 t = 0; t < CHUNK; t++) {
+            const float code = quantize_k(value(t), z, inverse);
+            if (CHUNK == HELD) codes[t] = code;
+            code_mean += code;
+        }
         code_mean = __fdiv_rn(code_mean, tokens);
         float covariance = 0, variance = 0;
-#pragma unroll 8
+#pragma unroll UNROLL
         for (i32 t = 0; t < CHUNK; t++) {
-            const float a = y[t * STRIDE], deviation = sub(quantize_k(a, z, inverse), code_mean);
+            const float a = value(t), code = CHUNK == HELD ? codes[t] : quantize_k(a, z, inverse);
+            const float deviation = sub(code, code_mean);
             covariance = add(covariance, mul(deviation, sub(a, mean)));
             variance = add(variance, mul(deviation, deviation));
         }
@@ -113,9 +127,9 @@ INLINE void fit_k(const float *y, float &best_scale, float &best_zero) {
         z = sub(mean, mul(s, code_mean));
         inverse = inverse_or_zero(s);
         float error = 0;
-#pragma unroll 8
+#pragma unroll UNROLL
         for (i32 t = 0; t < CHUNK; t++) {
-            const float a = y[t * STRIDE], e = sub(a, add(mul(quantize_k(a, z, inverse), s), z));
+            const float a = value(t), e = sub(a, add(mul(quantize_k(a, z, inverse), s), z));
             error = add(error, mul(e, e));
         }
         if (attempt == 0 || error < best) best = error, best_scale = s, best_zero = z;
@@ -162,30 +176,35 @@ INLINE float quantize_v(float y, float inverse) {
     return clip(add(floorf(mul(y, inverse)), 1 << (WIDTH - 1)), 0, TOP);
 }
 
-/* The same sum as formats._sum_channels over x[i] = channel 32 * i + lane, in every lane; x is used up. */
+/* x[i] += x[i + n], then the same with half of n, down to 1. */
+template <int n, int N> INLINE void fold(float (&x)[N]) {
+#pragma unroll
+    for (i32 i = 0; i < n; i++) x[i] = add(x[i], x[i + n]);
+    if constexpr (n > 1) fold<n / 2>(x);
+}
+
+/* The same sum as formats._sum_channels over x[i] = channel LANES * i + lane, in every lane; x is used up. */
 template <int N> INLINE float sum_channels(float (&x)[N]) {
-#pragma unroll
-    for (i32 n = N / 2; n; n /= 2)
-#pragma unroll
-        for (i32 i = 0; i < n; i++) x[i] = add(x[i], x[i + n]);
-    for (i32 lane = WARP / 2; lane; lane /= 2) x[0] = add(x[0], __shfl_xor_sync(FULL, x[0], lane));
+    fold<N / 2>(x);
+    for (i32 lane = LANES / 2; lane; lane /= 2) x[0] = add(x[0], __shfl_xor_sync(FULL, x[0], lane));
     return x[0];
 }
 
-/* y to codes (CHUNK, D) and the chunk's metadata; one warp per token. */
+/* y to codes (CHUNK, D) and the chunk's metadata; a warp has WARP / LANES tokens at a time, all of them or none. */
 INLINE void encode_v(const float *y, u8 *codes, u8 *meta) {
-    constexpr int N = D <= 64 ? 2 : D <= 128 ? 4 : 8; /* channels of a lane, D rounded up to a power of two */
-    const i32 lane = threadIdx.x % WARP;
-    for (i32 token = threadIdx.x / WARP; token < CHUNK; token += WARPS) {
+    constexpr int N = (D <= 64 ? 64 : D <= 128 ? 128 : 256) / LANES; /* channels of a lane, D to a power of two */
+    const i32 lane = threadIdx.x % LANES;
+    for (i32 token = threadIdx.x / LANES; token < CHUNK; token += THREADS / LANES) {
         float x[N], limit = 0;
 #pragma unroll
         for (i32 i = 0; i < N; i++) {
-            x[i] = 32 * i + lane < D ? y[token * STRIDE + 32 * i + lane] : 0.f;
+            x[i] = LANES * i + lane < D ? y[token * STRIDE + LANES * i + lane] : 0.f;
             limit = fmaxf(limit, fabsf(x[i]));
         }
-        limit = warp_max(limit);
+        for (i32 other = LANES / 2; other; other /= 2) limit = fmaxf(limit, __shfl_xor_sync(FULL, limit, other));
         u32 scale = 0;
         float best = INFINITE;
+#pragma unroll
         for (i32 attempt = 0; attempt < (WIDTH == 8 ? 1 : 7); attempt++) {
             const float shares[7] = {1.f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f, 0.4f};
             const u32 candidate = bf16_up(mul(mul(limit, shares[attempt]), 2.f / TOP));
@@ -194,7 +213,7 @@ INLINE void encode_v(const float *y, u8 *codes, u8 *meta) {
 #pragma unroll
             for (i32 i = 0; i < N; i++) {
                 const float e = sub(x[i], mul(sub(quantize_v(x[i], inverse), TOP * 0.5f), s));
-                squares[i] = 32 * i + lane < D ? mul(e, e) : 0.f;
+                squares[i] = LANES * i + lane < D ? mul(e, e) : 0.f;
             }
             const float error = sum_channels(squares);
             if (attempt == 0 || error < best) best = error, scale = candidate;
@@ -202,7 +221,7 @@ INLINE void encode_v(const float *y, u8 *codes, u8 *meta) {
         const float inverse = inverse_or_zero(bf16_to_float(scale));
 #pragma unroll
         for (i32 i = 0; i < N; i++)
-            if (32 * i + lane < D) codes[token * D + 32 * i + lane] = (u8)quantize_v(x[i], inverse);
+            if (LANES * i + lane < D) codes[token * D + LANES * i + lane] = (u8)quantize_v(x[i], inverse);
         const i32 begin = token / BLOCK_TOKENS * BLOCK_TOKENS, octets = min(CHUNK - begin, BLOCK_TOKENS) / 8;
         if (lane == 0) ((u16 *)meta)[begin + token % 8 * octets + (token - begin) / 8] = (u16)scale;
     }
