@@ -61,7 +61,7 @@ class CudaBackend(CacheOps):
 
     name = "cuda"
     asynchronous = True
-    prefill_tile = 2048  # 4096 gains 1% on a 7B model and takes 0.26 GiB more of activations
+    prefill_tile = 2048  # 4096 gains 1 to 2% on a 7B model and takes 0.26 GiB more of activations
 
     def __init__(self, graph: bool = True) -> None:
         self._graph = graph

@@ -21,7 +21,7 @@ Defines = tuple[tuple[str, int | str], ...]
 PAIR = {"STORE": 1, "ADD": 1, "GATE_UP": 2, "QKV": 2}  # rows of weights that an epilogue needs together
 _CUDA_R = {"F32": 0, "F16": 2, "BF16": 14}
 _COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1
-_SUMS_BYTES = 192 * 2**20  # of GATE_UP's products that wait for their epilogue at a time
+_SUMS_BYTES = 96 * 2**20  # of GATE_UP's products that wait for their epilogue at a time
 _PART_UNITS = 128  # a part of GATE_UP begins at a multiple of so many units
 _HELD = 4  # float4 of a row that a thread of `convert` keeps in registers, at most
 

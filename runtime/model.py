@@ -99,11 +99,10 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
 
 
 def _tiles(n: int, tile: int) -> list[tuple[int, int]]:
-    """0..n cut at multiples of `tile`; a short rest goes to the tile before, for few rows keep no device busy."""
-    starts = list(range(0, n, tile))
-    if len(starts) > 1 and 8 * (n - starts[-1]) < tile:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], n], strict=True))
+    """0..n in tiles. A short rest makes the first one longer: few rows keep no device busy, and these see few keys."""
+    rest = n % tile
+    ends = [*range(tile + (rest if 8 * rest < tile else 0), n, tile), n]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def decode_step(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:

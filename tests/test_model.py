@@ -107,7 +107,7 @@ def test_any_tile_gives_the_same_logits(case, backend):
     model = load(case[1], backend)
     ids = ids_for(model.config)
     rows = [read(model, ids[:PROMPT], [all_fp16(model.config)], tile=tile).force(ids[PROMPT:])
-            for tile in (PROMPT, 64, 31)]
+            for tile in (PROMPT, 64, 31, 36)]  # 36: the first of three tiles takes one row more
     for other in rows[1:]:
         np.testing.assert_allclose(other, rows[0], atol=2e-3)
 
