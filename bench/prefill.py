@@ -1,4 +1,4 @@
-"""Where the time to the first token goes. `python -m bench.prefill [--shape mistral-7b] [--context-tokens N]`
+"""Where the time to the first token goes. `python -m bench.prefill --shape mistral-7b [--peers]`
 
 TTFT as bench.gpu measures it, without anything in between; then one prefill with device events around its parts.
 
@@ -9,12 +9,15 @@ TTFT as bench.gpu measures it, without anything in between; then one prefill wit
     host and other  TTFT less those: buffers, tables, what the GPU waits for, sampling
     floor           the part's multiply-adds over the rate of a large FP16 matrix product in this run
 
+Then what scoring adds: each scorer of bench.scoring by itself, and behind the first layer (bench.shapes).
 Beside the attention: torch's SDPA, causal, over the whole prompt at once, once per layer that attends to all tokens.
+--peers adds the TTFT of transformers (bench.peer_transformers).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +27,8 @@ import numpy as np
 
 from bench import gpu
 from bench.report import describe_run, emit, print_table, progress
+from bench.scoring import SCORERS
+from bench.shapes import model_of, model_options, print_scorers, record_of, run_peers, run_scorers
 from kernels_cu import product
 from kernels_cu.backend import CudaBackend
 from runtime.config import ModelConfig
@@ -37,29 +42,29 @@ SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # torch.nn.attention.SDPBackend
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=gpu.SHAPES, default="llama-2-7b")
-    parser.add_argument("--context-tokens", type=int, default=32768)
+    model_options(parser, SCORERS)
     parser.add_argument("--policy", choices=gpu.POLICIES, default="mix")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="also write the record to this file")
     args = parser.parse_args()
 
     backend = CudaBackend()
     rate = gpu.measure_rates(backend)["matrix product"]
     gpu.release()
     before = cupy.cuda.runtime.memGetInfo()[0]
-    model = gpu.random_model(args.shape, args.context_tokens + 4096, backend)
+    name, model = model_of(args, backend)
     config = model.config
     gpu.release()
     plan = gpu.plan_of(gpu.shape_of(config, args.context_tokens, 8), args.policy)
     tokens = plan.layout.prompt_tokens
-    warm = gpu.plan_of(gpu.shape_of(config, 2 * backend.prefill_tile, 8), args.policy)
+    warm = gpu.plan_of(gpu.shape_of(config, min(args.context_tokens, 2 * backend.prefill_tile), 8), args.policy)
     gpu.run_case(model, warm, "warm", 1, 1, before)
     ttft = float(np.median(gpu.run_case(model, plan, args.policy, args.rounds, 1, before).ttft))
     progress(f"TTFT {ttft:.3f} s")
-    shares = measure_shares(model, plan)
+    scored = run_scorers(model, args.context_tokens, args.scorers, before)
+    shares = measure_shares(model, plan)  # last: the events stay in the backend
     del model
     gpu.release()
+    others = run_peers(config, args.context_tokens) if args.peers else {}
     peers = {f"attention by torch, {name}": ms * (config.n_layers - 1) / 1e3
              for name, ms in sdpa_ms(config, tokens).items()}
 
@@ -67,17 +72,22 @@ def main() -> None:
     shares["host and other"] = ttft - sum(shares.values())
     work = {"attention": attention, "products": products, "TTFT": attention + products}
     rows = []
-    for name, seconds in {"TTFT": ttft, **shares, **peers}.items():
-        flops = 2 * work.get(name.split(" by ")[0], 0)
+    theirs = {f"TTFT of transformers, {cache}": found.ttft for cache, found in others.items()
+              if not isinstance(found, str)}
+    for part, seconds in {"TTFT": ttft, **shares, **peers, **theirs}.items():
+        flops = 2 * work.get(re.split(" by | of ", part)[0], 0)
         rates = (f"{flops / seconds / 1e12:.0f}", f"{flops / rate:.3f}", f"{flops / rate / seconds:.0%}")
-        rows.append((name, f"{seconds:.3f} s", f"{seconds / ttft:.1%}", *(rates if flops else ("", "", ""))))
+        rows.append((part, f"{seconds:.3f} s", f"{seconds / ttft:.1%}", *(rates if flops else ("", "", ""))))
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    print(f"{args.shape}, {tokens} tokens of prompt, {args.policy}, {device}; tiles of {backend.prefill_tile}; matrix "
+    print(f"{name}, {tokens} tokens of prompt, {args.policy}, {device}; tiles of {backend.prefill_tile}; matrix "
           f"product {rate / 1e12:.0f} TFLOP/s")
     print_table(("part", "time", "of TTFT", "TFLOP/s", "floor s", "floor / time"), rows)
-    emit({"bench": "prefill", "run": describe_run(), "device": device, "shape": args.shape, "tokens": tokens,
+    if scored:
+        print_scorers(scored)
+    emit({"bench": "prefill", "run": describe_run(), "device": device, "model": name, "tokens": tokens,
           "policy": args.policy, "tile": backend.prefill_tile, "matrix_product": rate, "ttft": ttft, "shares": shares,
-          "sdpa": peers, "adds": {"products": products, "attention": attention}}, args.json)
+          "sdpa": peers, "adds": {"products": products, "attention": attention},
+          **record_of(scored, others)}, args.json)
 
 
 def adds(config: ModelConfig, tokens: int) -> tuple[int, int]:
