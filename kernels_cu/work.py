@@ -100,7 +100,8 @@ def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: in
     total = sum(n * cost for (n, _, _), cost in zip(spans, costs, strict=True))  # bytes of one KV head
     tail_bytes = 4 * head_dim * capacity
     tail_parts = min(max(1, round(tail_bytes / (total + tail_bytes) * blocks / kv_heads)), -(-capacity // 64))
-    ends, large = _cuts(total, max(1, blocks // kv_heads - tail_parts))
+    even = all(k == v == 16 for _, k, v in spans)  # then all wait for memory alone, and small parts cost 1%
+    ends, large = _cuts(total, max(1, blocks // kv_heads - tail_parts), even)
 
     one_head: list[tuple[int, ...]] = [(part - tail_parts, -1, 0, TAIL, capacity, part, tail_parts)
                                        for part in range(tail_parts)]  # fmt: skip
@@ -129,9 +130,9 @@ def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: in
     return work, source[old], first_chunk[old]
 
 
-def _cuts(total: int, at_once: int) -> tuple[npt.NDArray[Any], int]:
-    """Where each part but the last of one KV head's `total` bytes ends, and how many parts are large."""
-    if total < 2 * at_once * MIN_PART:  # one wave of equal parts
+def _cuts(total: int, at_once: int, even: bool) -> tuple[npt.NDArray[Any], int]:
+    """Where each part but the last of one KV head's `total` bytes ends, and how many parts are large; even: all are."""
+    if even or total < 2 * at_once * MIN_PART:  # one wave of equal parts
         n = max(1, min(at_once, total // MIN_PART))
         return np.arange(1, n) * (total / n), n
     share = total / at_once
