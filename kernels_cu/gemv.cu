@@ -10,7 +10,8 @@
 
 #define ROWS (UNITS * PAIR)
 #define TEAMS (WARPS / TEAM)
-#define AHEAD (ROWS * CHUNKS <= 8) /* loads that leave enough registers to have them under way while sums are made */
+/* Whether a lane has registers for the next loads while it makes sums of the last. */
+#define AHEAD (ROWS * CHUNKS <= (WEIGHT == F16 && (PAIR == 1 || CHUNKS <= 6) ? 16 : 8))
 
 INLINE i32 share(i32 index, i32 units, i32 parts) { return (i32)((i64)index * units / parts); }
 

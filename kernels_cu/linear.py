@@ -21,7 +21,8 @@ from kernels_cu.errors import KernelError
 from kernels_cu.product import PAIR, Defines, Operation, Product
 
 PANEL_ROWS = 16
-_GEMV_WARPS, _GEMV_CHUNKS, _GEMV_LOADS = 8, 4, 8
+_GEMV_WARPS = 8
+_GEMV_LOADS = {"F32": (4, 8), "F16": (2, 16), "BF16": (4, 8)}  # 16 bytes each: of one row, of all rows at a time
 _GEMV_VALUES = 64  # activations that a lane can hold
 _PANEL_WARPS, _PANEL_TILES = 8, 2
 
@@ -94,18 +95,19 @@ def _gemv(defines: Defines, norm: bool, K: int, units: int, processors: int) -> 
 
 
 def _gemv_spec(defines: Defines, norm: bool, K: int) -> Spec:
-    """As few warps to a team as hold K with _GEMV_CHUNKS 16-byte loads a lane; as many rows as fill _GEMV_LOADS."""
+    """As few warps to a team as hold K with so many loads a lane; as many rows as there are loads for."""
     chosen = dict(defines)
+    of_row, loads = _GEMV_LOADS[str(chosen["WEIGHT"])]
     per_warp = 32 * 16 // STORED[str(chosen["WEIGHT"])].itemsize
     warps, blocks = (_GEMV_WARPS, 2) if K <= _GEMV_WARPS * 32 * _GEMV_VALUES else (2 * _GEMV_WARPS, 1)
     if warps * 32 * _GEMV_VALUES < K:
         raise KernelError(f"a decode step takes at most {warps * 32 * _GEMV_VALUES} inputs, but got {K}")
     team = 1
-    while team < warps and team * per_warp * _GEMV_CHUNKS < K:
+    while team < warps and team * per_warp * of_row < K:
         team *= 2
     chunks = -(-K // (team * per_warp))
     units = 1
-    while 2 * units * PAIR[str(chosen["EPILOGUE"])] * chunks <= _GEMV_LOADS:
+    while 2 * units * PAIR[str(chosen["EPILOGUE"])] * chunks <= loads:
         units *= 2
     return Spec.of("gemv.cu", "gemv", NORM=int(norm), TEAM=team, CHUNKS=chunks, UNITS=units, WARPS=warps, BLOCKS=blocks,
                    **chosen)  # fmt: skip
