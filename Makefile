@@ -24,7 +24,7 @@ QUESTION := What is the access code of the boathouse?
 
 EXAMPLES          ?= 800
 SANITIZE_EXAMPLES ?= 8
-JOBS              ?= $(shell nproc)
+JOBS              ?= $(shell getconf _NPROCESSORS_ONLN)
 CUDA              ?= cuda13
 SANITIZER         ?= compute-sanitizer
 SANITIZER_TOOLS   ?= memcheck racecheck

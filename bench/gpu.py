@@ -8,6 +8,7 @@ runs through runtime.engine as in the product (captured graph).
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -196,8 +197,10 @@ def multiply_adds(config: ModelConfig, tokens: int) -> int:
 
 
 def release() -> None:
-    """Give free blocks of the pools back to the driver."""
+    """Give free blocks of the pools back to the driver, torch's too where an encoder or a peer has loaded it."""
     gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
     cupy.cuda.Device().synchronize()
     SCRATCH.free_all_blocks()
     cupy.get_default_memory_pool().free_all_blocks()

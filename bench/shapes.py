@@ -145,7 +145,8 @@ def run_scorers(model: Model, context_tokens: int, names: Sequence[str], before:
             alone = score_seconds(scorer, texts)
             pending = PendingPlan(layout, lambda by=scorer: policy.assign(layout, by.score(texts, QUERY), by.name))
             found[name] = alone, run_case(model, pending, name, 2, 2, before)
-            progress(f"{name}: {1e3 * alone:.1f} ms alone, TTFT {found[name][1].ttft}")
+            progress(f"{name}: {1e3 * alone:.1f} ms alone, TTFT {found[name][1].ttft}, "
+                     f"{cupy.cuda.runtime.memGetInfo()[0] / 2**30:.1f} GiB free")
             del scorer, pending
     return found
 

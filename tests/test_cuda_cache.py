@@ -109,26 +109,31 @@ class Sequence:
     def reference(self, q):
         """Attention in float64 over decoded values, (H, D), and what a kernel with FP16 operands may be off by, (H,).
 
-        Such a kernel rounds q (times a scale), K's decoded values or the like, and the probabilities to 11 bits. The
-        roundings of one score are independent: its error is about 2^-12 |q o k| / sqrt(D), where for codes, which are
-        not centred, k is as large as the channel's range. An error e of a score moves the output by e p (v - out). The
-        roundings of equal probabilities are equal: 2^-11 of the values' norm.
+        The query is what such a kernel makes of it: rounded to 11 bits, after the rotation where K is quantized. (Where
+        keys are equal so are the errors of their scores, and keys of 1e4 at FP16 beside quantized ones move the output
+        by more than all other roundings.) On top of that it rounds q times a scale, K's decoded values or the like, and
+        the probabilities to 11 bits. The roundings of one score are independent: its error is about 2^-12 |q o k| /
+        sqrt(D), where for codes, which are not centred, k is as large as the channel's range. An error e of a score
+        moves the output by e p (v - out). The roundings of equal probabilities are equal: 2^-11 of the values' norm.
         """
         layout = self.layout
         D, C = layout.head_dim, layout.chunk
         k, v = self.k.astype(np.float64), self.v.astype(np.float64)
+        quantized = np.zeros(k.shape[1], bool)
         for span, starts in zip(self.spans, self.starts, strict=True):
             rows = starts[:, None] + np.arange(C)
+            quantized[rows] = span.k_bits < 16
             for x, source, kind, bits in ((k, self.k, "K", span.k_bits), (v, self.v, "V", span.v_bits)):
                 x[:, rows] = formats.round_trip(kind, source[:, rows], bits)
         first = max(0, self.tokens - (layout.window or self.tokens))
-        k, v = k[:, first : self.tokens], v[:, first : self.tokens]
+        k, v, quantized = k[:, first : self.tokens], v[:, first : self.tokens], quantized[first : self.tokens]
+        plain, turned = rounded_queries(q)
         rotated = formats.hadamard(k.astype(np.float32)) / formats.rotation_block(D)
         rotated_q = formats.hadamard(q.astype(np.float32))
         outs, allowed = [], []
         for head in range(len(q)):
             g = head * layout.n_kv_heads // len(q)
-            scores = k[g] @ q[head] * D**-0.5
+            scores = np.where(quantized, k[g] @ turned[head], k[g] @ plain[head])
             p = np.exp(scores - scores.max())
             p /= p.sum()
             out = p @ v[g]
@@ -141,6 +146,20 @@ class Sequence:
             outs.append(out)
             allowed.append(moved * np.expm1(min(score_error, 50)) + 2.0**-11 * (p @ norms))
         return np.array(outs), np.array(allowed)
+
+
+def rounded_queries(q):
+    """q / sqrt(D) (H, D) rounded to FP16 as it is, and rounded between H and its inverse; scaled by a power of two per
+    head, so that the largest value lies from 16 to 32, and in base 2, for that decides which values are rounded how."""
+    to_base_2 = np.float32(1.44269504) / np.sqrt(np.float32(q.shape[-1]))
+
+    def rounded(x):
+        unit = 2.0 ** (np.maximum(np.frexp(np.abs(x).max(axis=-1, keepdims=True))[1] - 1, -100) - 4)
+        return (x / unit).astype(np.float16).astype(np.float64) * unit / np.log2(np.e)
+
+    scaled = q.astype(np.float32) * to_base_2
+    turned = rounded(formats.hadamard(scaled))
+    return rounded(scaled), formats.hadamard(turned).astype(np.float64) / formats.rotation_block(q.shape[-1])
 
 
 def attend(gpu, q, bound, state):
