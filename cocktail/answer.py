@@ -194,7 +194,9 @@ class AnswerStream:
             weights_bytes=job.engine.weights.nbytes,
             peak_memory_bytes=peak_memory(),
             backend=job.engine.backend.name,
-            kernels=job.engine.backend.kernels(),
+            # attention_mass is for scoring by the model's own attention, which no scorer does
+            kernels={operation: by for operation, by in job.engine.backend.kernels().items()
+                     if operation != "attention_mass"},
             policy=plan.policy, scorer=plan.scorer, **sizes))
 
 
