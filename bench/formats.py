@@ -59,7 +59,7 @@ def bits_of(name: str, bits: int, chunk: int, dim: int) -> float:
         return 16.0
     if name == "plain":
         return bits + 32 / dim
-    codes, meta = formats.block_bytes("K" if name == "hch" else "V", bits, chunk, dim)
+    codes, meta, _ = formats.block_bytes("K" if name == "hch" else "V", bits, chunk, dim)
     return 8 * (codes + meta) / (chunk * dim)
 
 

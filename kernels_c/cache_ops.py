@@ -18,7 +18,7 @@ from kernels_c.errors import KernelError
 from kernels_c.isa import ffi, lib, operation
 
 _OPERATIONS = ("pack", "decode_attention")
-_STATE = (4,)
+_STATE = (8,)
 _NO_WINDOW = 2**31 - 1
 
 
@@ -43,13 +43,15 @@ class CacheOps:
     def kernels(self) -> dict[str, str]:
         return {name: f"{name}_{self.isa}" for name in _OPERATIONS}
 
-    def pack(self, k: Buffer, v: Buffer, arena: Buffer, span: Any, starts: npt.NDArray[np.int32], chunk: int) -> None:
+    def pack(self, k: Buffer, v: Buffer, arena: Buffer, span: Any, starts: npt.NDArray[np.int32], chunk: int,
+             positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:
         """Encode the chunks that begin at rows `starts` (n,) of k, v (G, S, D) f16 into the span, in that order.
 
         Codes and scales equal runtime.formats bit for bit. Writes the span's positions (= starts).
         """
         G, S, D = k.shape
         _check_sizes(D, chunk)
+        _check_formats("pack", [span], positions, data)
         starts = np.ascontiguousarray(starts, np.int32)
         if len(starts) != span.n:
             raise KernelError(f"pack: starts has {len(starts)} entries, but the span holds {span.n} chunks")
@@ -77,8 +79,9 @@ class CacheOps:
         _view(arena, tail.positions, shape[1:2], I32)[slot : slot + m] = rows
 
     def bind(self, arena: Buffer, spans: Sequence[Any], tail: Any, heads: int, kv_heads: int, head_dim: int, chunk: int,
-             window: int | None) -> Bound:  # fmt: skip
+             window: int | None, flushed: Any = None, data: Any = None) -> Bound:  # fmt: skip
         """Everything decode attention needs of one layer's cache, resolved and checked once."""
+        _check_formats("bind", spans, flushed, data)
         _check_sizes(head_dim, chunk)
         if heads % kv_heads:
             raise KernelError(f"bind: {heads} query heads are no multiple of {kv_heads} KV heads")
@@ -104,8 +107,8 @@ class CacheOps:
     def decode_attention(self, q: Buffer, bound: Bound | tuple[Bound, ...], state: Buffer, out: Buffer) -> None:
         """One token's attention over all spans and the tail with one running softmax; out (1, H*D) f32.
 
-        q (1, H, D) f32; state int32 (position, slot, token, -): tail slots 0..slot and the keys at positions above
-        position - window are visible. With a batch of B bounds q, state and out have B rows.
+        q (1, H, D) f32; state int32 (8,), as runtime.backend has it: tail slots 0..slot and the keys at positions
+        above position - window are visible. With a batch of B bounds q, state and out have B rows.
         """
         if isinstance(bound, tuple):
             if not len(q) == len(bound) == len(state) == len(out):
@@ -122,6 +125,13 @@ class CacheOps:
             pointer("out", out, bound.out_shape, F32),
         )
         check(status, "decode_attention")
+
+
+def _check_formats(operation: str, spans: Sequence[Any], *extra: Any) -> None:
+    formats = {span.formats for span in spans} - {"rotated"}
+    if formats or any(argument is not None for argument in extra):
+        raise KernelError(f"{operation}: the CPU kernels take rotated formats and a tail that is never packed, but "
+                          f"these are {', '.join(formats) or 'rotated with more'}; leave --formats and flush out")
 
 
 def _check_sizes(head_dim: int, chunk: int) -> None:

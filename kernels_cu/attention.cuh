@@ -15,7 +15,7 @@
 #define LOG2_E 1.44269504f
 #define TAIL 0
 #define FORMAT(k_bits, v_bits) (100 * (k_bits) + (v_bits))
-#define STATE_SIZE 4 /* of runtime.backend: position, slot, ... of one sequence */
+#define STATE_SIZE 8 /* of runtime.backend: position, slot, ... of one sequence */
 
 /* kernels_cu/work.py makes these. */
 struct Segment {

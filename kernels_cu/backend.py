@@ -31,7 +31,7 @@ from kernels_cu.arrays import (
 from kernels_cu.attention import HEAD_DIMS, Tile, prefill_attention
 from kernels_cu.attention_mass import attention_mass
 from kernels_cu.build import architecture_of, current_device, import_cupy, kernel
-from kernels_cu.cache_ops import CacheOps
+from kernels_cu.cache_ops import STATE_SIZE, CacheOps
 from kernels_cu.ends import ADVANCE, EMBED, MAX_VOCABULARY, SAMPLE
 from kernels_cu.errors import KernelError
 from kernels_cu.linear import PANEL_ROWS, Linear
@@ -242,8 +242,8 @@ class CudaBackend(CacheOps):
         arguments = (
             address("logits", logits, (1, V), F32), np.int32(V), address("options", draws.options, (5,), F64),
             address("uniforms", draws.uniforms, (N,), F64), np.int32(N), address("seen", draws.seen, (M,), I32),
-            np.int32(M), address("state", state, (4,), I32), np.uint64(keys.data.ptr), np.uint64(left.data.ptr),
-            address("ids", draws.ids, (N,), I32), self._fault_address,
+            np.int32(M), address("state", state, (STATE_SIZE,), I32), np.uint64(keys.data.ptr),
+            np.uint64(left.data.ptr), address("ids", draws.ids, (N,), I32), self._fault_address,
         )  # fmt: skip
         kernel(SAMPLE)((1,), (1024,), arguments)
 

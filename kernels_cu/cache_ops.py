@@ -25,7 +25,7 @@ MAX_CHUNK = 256
 WARPS = 4  # of a decode attention block
 THREADS = 32 * WARPS
 MERGE_THREADS = 512
-STATE_SIZE = 4  # int32 of one sequence's state, as runtime.backend has it: position, slot, ...
+STATE_SIZE = 8  # int32 of one sequence's state, as runtime.backend has it: position, slot, ...
 RING = 13056  # bytes of a warp's queue of copies: four blocks on a multiprocessor of 227 KiB
 
 
@@ -61,8 +61,10 @@ class CacheOps:
         return {"pack": "pack", "copy_tail": "copy_tail",
                 "decode_attention": "decode_attention (mma.sync), merge_attention"}  # fmt: skip
 
-    def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int) -> None:
+    def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int,
+             positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:  # fmt: skip
         (G, S, D), n = k.shape, span.n
+        _check_formats("pack", [span], positions, data)
         _check_shape(D, chunk, (span.k_bits, span.v_bits))
         if starts.shape != (n,) or (n and not 0 <= starts.min() <= starts.max() <= S - chunk):
             raise KernelError(f"pack: the span takes {n} chunks of {chunk} of the rows 0..{S - 1}, but the starts are "
@@ -70,14 +72,14 @@ class CacheOps:
         if not n:
             return
         base = wide_address("arena", arena, arena.shape, U8)
-        positions = _ints(arena, span.positions, n)
-        positions.set(np.ascontiguousarray(starts, np.int32))
+        stored = _ints(arena, span.positions, n)
+        stored.set(np.ascontiguousarray(starts, np.int32))
         sides = (("k", k, span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride),
                  ("v", v, span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride))
         for name, x, bits, codes, codes_stride, meta, meta_stride in sides:
             spec, shared = pack_spec(name == "k", bits, chunk, D)
             kernel(spec, shared)((n, G), (128,), (
-                wide_address(name, x, (G, S, D), F16), np.int64(S), np.uint64(positions.data.ptr),
+                wide_address(name, x, (G, S, D), F16), np.int64(S), np.uint64(stored.data.ptr),
                 base + np.uint64(codes), np.int64(codes_stride), base + np.uint64(meta),
                 np.int64(meta_stride)), shared_mem=shared)  # fmt: skip
 
@@ -97,7 +99,8 @@ class CacheOps:
             np.int64(slot)))  # fmt: skip
 
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
-             chunk: int, window: int | None) -> Bound:  # fmt: skip
+             chunk: int, window: int | None, flushed: Span | None = None, data: Any = None) -> Bound:  # fmt: skip
+        _check_formats("bind", spans, flushed, data)
         if heads % kv_heads or heads // kv_heads > MAX_GROUP:
             raise KernelError(f"decode attention on the GPU takes 1 to {MAX_GROUP} query heads per KV head, but there "
                               f"are {heads} over {kv_heads}; use --backend cpu")  # fmt: skip
@@ -144,6 +147,13 @@ class CacheOps:
         kernel(bound.merge)((H, B), (MERGE_THREADS,), (
             partial, softmax, np.uint64(bound.results.data.ptr), np.int32(H // bound.kv_heads),
             address("out", out, (B, H * D), F32)))  # fmt: skip
+
+
+def _check_formats(operation: str, spans: Sequence[Span], *extra: Any) -> None:
+    formats = {getattr(span, "formats", "rotated") for span in spans} - {"rotated"}
+    if formats or any(argument is not None for argument in extra):
+        raise KernelError(f"{operation}: the GPU's kernels take rotated formats and a tail that is never packed, but "
+                          f"these are {', '.join(formats) or 'rotated with more'}; leave --formats and flush out")
 
 
 def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int) -> tuple[Spec, int]:

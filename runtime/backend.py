@@ -32,6 +32,8 @@ class Span:
 
     Chunk c of KV head g has its K codes at k_codes + g * k_codes_stride + c * (bytes of a K block's codes), and
     likewise for its metadata and for V (runtime.formats). positions: int32 (n,), first token of each chunk.
+    formats: the family behind widths below 16. v_shared: where it stores something of V for all heads at once, chunk
+    c's lies at v_shared + c * (bytes of a V block's shared).
     """
 
     n: int
@@ -46,6 +48,8 @@ class Span:
     v_meta: int
     v_meta_stride: int
     positions: int
+    formats: str = "rotated"
+    v_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,25 @@ STATE_POSITION = 0  # position of the token being decoded
 STATE_SLOT = 1  # tail slot that this token's K and V go to; slots 0..slot are visible after the write
 STATE_TOKEN = 2  # id of the token being decoded
 STATE_DRAWN = 3  # ids drawn so far
-STATE_SIZE = 4
+STATE_FLUSHED = 4  # chunks of the flushed span that are read instead of as many chunks of the tail behind its head
+STATE_SIZE = 8  # sequences of a batch begin at multiples of 32 bytes
+
+
+@dataclass(frozen=True)
+class FormatData:
+    """What some families need of one layer besides the values; device arrays, None where the family does without.
+
+    Families that store K before RoPE: cos, sin (P, D/2) f32, the run's tables, row = position. kvquant: k_levels and
+    v_levels (28,) f32, those of 2, 3 and 4 bits behind one another (runtime.formats.kvquant.levels_of); k_centre and
+    k_half (G, D) f32.
+    """
+
+    cos: Array = None
+    sin: Array = None
+    k_levels: Array = None
+    v_levels: Array = None
+    k_centre: Array = None
+    k_half: Array = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +146,12 @@ class Backend(Protocol):
         """One allocation of uint8, 64-byte aligned; raises OutOfMemory with needed and free bytes."""
 
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
-             chunk: int, window: int | None) -> Any:
-        """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel)."""
+             chunk: int, window: int | None, flushed: Span | None = None, data: FormatData | None = None) -> Any:
+        """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel).
+
+        flushed: room for what the tail gives up while it grows (Layout.flush); decode attention reads its first
+        state[STATE_FLUSHED] chunks. data: as pack's. Both are kept alive.
+        """
 
     def bind_batch(self, bounds: Sequence[Any]) -> Any:
         """One layer of several sequences, each bound before, for one call of decode_attention.
@@ -189,10 +215,13 @@ class Backend(Protocol):
         """out (T, V) f32 = RMSNorm(x) @ head.T."""
 
     # cache operations ------------------------------------------------------------------------------------------
-    def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int) -> None:
+    def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int,
+             positions: npt.NDArray[np.int32] | None = None, data: FormatData | None = None) -> None:
         """Encode the chunks that begin at rows `starts` (n,) of k, v (G, S, D) f16 into the span, in that order.
 
-        Codes and scales equal runtime.formats.encode bit for bit. Writes the span's positions.
+        Codes and scales equal runtime.formats bit for bit. positions (n,): of the chunks' first tokens, where they are
+        not the rows' numbers; they are what the span's positions say and what K is turned back by. data: of the layer,
+        for families that need it.
         """
 
     def copy_tail(self, k: Array, v: Array, rows: npt.NDArray[np.int32], arena: Array, tail: Tail, slot: int) -> None:
@@ -200,6 +229,9 @@ class Backend(Protocol):
 
     def decode_attention(self, q: Array, bound: Any, state: Array, out: Array) -> None:
         """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D).
+
+        Of a flushed span F = state[STATE_FLUSHED] chunks are read; the tail's slots head .. head + F * chunk - 1 hold
+        the same tokens and are hidden.
 
         With a batch of B bounds: q (B, H, D), state (B, STATE_SIZE), out (B, H*D), a row for each sequence.
         """

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from runtime.arena import ArenaLayout
-from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT, STATE_TOKEN, Array, Backend
+from runtime.backend import (
+    STATE_FLUSHED,
+    STATE_POSITION,
+    STATE_SIZE,
+    STATE_SLOT,
+    STATE_TOKEN,
+    Array,
+    Backend,
+    FormatData,
+)
 from runtime.config import ModelConfig
 from runtime.errors import OutOfMemory, PlanError
 from runtime.plan import Layout, Plan
@@ -18,12 +27,16 @@ from runtime.plan import Layout, Plan
 class Cache:
     """Allocated from a Layout alone; `assign` then says which chunk goes where, `pack` fills one layer at a time.
 
+    data: per layer, what the layout's formats need besides the values (runtime.backend.FormatData); it is kept alive.
+
     k, v: per layer, the tail's FP16 (G, capacity, D); bound: per layer, what decode attention needs; position, slot,
     token: int32 (1,) views of the state that a decode step reads. All keep their addresses.
     """
 
-    def __init__(self, backend: Backend, config: ModelConfig, layout: Layout):
+    def __init__(self, backend: Backend, config: ModelConfig, layout: Layout,
+                 data: Sequence[FormatData | None] | None = None):
         self.layout = layout
+        self.data = tuple(data) if data is not None else (None,) * layout.n_layers
         self.sizes = ArenaLayout(layout)
         self._backend = backend
         try:
@@ -33,6 +46,7 @@ class Cache:
                               "a lower --kv-bits, a shorter context or a smaller --max-tokens needs less") from error
         self.tails = tuple(self.sizes.tail(layer) for layer in range(layout.n_layers))
         self.spans = tuple(self.sizes.spans(layer) for layer in range(layout.n_layers))
+        self.flushed = tuple(self.sizes.flushed(layer) for layer in range(layout.n_layers))
         shape = (layout.n_kv_heads, layout.tail_capacity, layout.head_dim)
         self.k = tuple(self._half(tail.k, shape) for tail in self.tails)
         self.v = tuple(self._half(tail.v, shape) for tail in self.tails)
@@ -42,12 +56,14 @@ class Cache:
         self.arena[start : start + positions.nbytes].view(np.int32)[:] = backend.upload(positions)
         self.bound = tuple(
             backend.bind(self.arena, [span for span in spans if span.n], tail, config.n_heads, config.n_kv_heads,
-                         config.head_dim, layout.chunk, config.sliding_window)
-            for spans, tail in zip(self.spans, self.tails, strict=True))
+                         config.head_dim, layout.chunk, config.sliding_window, flushed, data)
+            for spans, tail, flushed, data in zip(self.spans, self.tails, self.flushed, self.data, strict=True))
         self.state = backend.upload(np.zeros(STATE_SIZE, np.int32))
         self.position = self.state[STATE_POSITION : STATE_POSITION + 1]
         self.slot = self.state[STATE_SLOT : STATE_SLOT + 1]
         self.token = self.state[STATE_TOKEN : STATE_TOKEN + 1]
+        self._counts = backend.upload(np.arange(layout.flushed(layout.max_new) + 1, dtype=np.int32))
+        self._n_flushed = 0  # what the state will say once all work handed over is done
         self._plan: Plan | Callable[[], Plan] | None = None
         self._packing: list[tuple[Any, Any]] = []  # marks of the backend before and after each layer
         self._waiting: list[tuple[Any, Any]] = []
@@ -72,8 +88,10 @@ class Cache:
         for chunks, span in zip(plan.stored(layer), self.spans[layer], strict=True):
             if span.n:
                 starts = np.array([layout.start(chunk) for chunk in chunks], np.int32)
-                self._backend.pack(k, v, self.arena, span, starts, layout.chunk)
+                self._backend.pack(k, v, self.arena, span, starts, layout.chunk, data=self.data[layer])
         context_end = layout.start(layout.n_chunks)
+        if n := layout.flushed(0):
+            self._pack_flushed(layer, k, v, range(n), context_end)
         rows = np.concatenate([np.arange(layout.prefix, dtype=np.int32),
                                np.arange(context_end, layout.prompt_tokens, dtype=np.int32)])
         if len(rows):
@@ -92,7 +110,29 @@ class Cache:
         state = np.zeros(STATE_SIZE, np.int32)
         state[STATE_POSITION] = layout.prompt_tokens - 1
         state[STATE_SLOT] = layout.prompt_tokens - layout.n_chunks * layout.chunk - 1
+        state[STATE_FLUSHED] = self._n_flushed = layout.flushed(0)
         self.state[:] = self._backend.upload(state)
+
+    def flush(self, generated: int) -> None:
+        """Pack what Layout.flush lets the tail give up once it holds so many generated tokens, before the next step.
+
+        The tail's slots keep what they hold, so that an answer can be started again.
+        """
+        n = self.layout.flushed(generated)
+        if n <= self._n_flushed:
+            return
+        for layer, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+            self._pack_flushed(layer, k, v, range(self._n_flushed, n), self.layout.prefix)
+        self.state[STATE_FLUSHED : STATE_FLUSHED + 1] = self._counts[n : n + 1]
+        self._n_flushed = n
+
+    def _pack_flushed(self, layer: int, k: Array, v: Array, chunks: range, first: int) -> None:
+        """Chunks of the flushed span, counted from the first token behind the context, which is row `first` of k, v."""
+        span, layout = self.flushed[layer], self.layout
+        assert span is not None, "a layout that flushes has room for it"
+        starts = np.array(chunks, np.int32) * np.int32(layout.chunk)
+        self._backend.pack(k, v, self.arena, self.sizes.part(span, chunks.start, len(chunks)), starts + np.int32(first),
+                           layout.chunk, starts + np.int32(layout.start(layout.n_chunks)), self.data[layer])
 
     def _made(self) -> Plan:
         if self._plan is None:

@@ -20,10 +20,12 @@ from math import isfinite
 from typing import Any
 
 from runtime.errors import PlanError
+from runtime.formats import FAMILIES
+from runtime.formats import WIDTHS as FORMAT_WIDTHS
 
 WIDTHS = (0, 2, 3, 4, 8, 16)  # bits; 0 only for K and V together
 MIN_CHUNK, MAX_CHUNK, CHUNK_STEP = 8, 256, 8
-VERSION = 2  # of the JSON form
+VERSION = 3  # of the JSON form
 _MAX = 2**31 - 1  # positions and counts are int32 on every device
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one per tier in the JSON form; there are at most 26 distinct tiers
 
@@ -87,7 +89,7 @@ class DocumentShape:
         for name in ("n_chunks", "prefix", "remainder", "suffix", "max_new"):
             _integer(name, getattr(self, name), 0)
         check_chunk_size(self.chunk)
-        if self.remainder >= self.chunk:
+        if self.remainder >= self.chunk and not self._keeps_whole_chunks:
             raise PlanError(f"remainder is {self.remainder}; expected less than one chunk of {self.chunk}")
         if self.window is not None:
             _integer("window", self.window, 1)
@@ -99,8 +101,13 @@ class DocumentShape:
 
     @property
     def tail_capacity(self) -> int:
-        """Tokens that are never quantized: prefix, remainder, suffix and everything generated."""
+        """Tokens that have a place in the tail: prefix, remainder, suffix and everything generated."""
         return self.prefix + self.remainder + self.suffix + self.max_new
+
+    @property
+    def _keeps_whole_chunks(self) -> bool:
+        """Whether the remainder may be a chunk or longer."""
+        return False
 
     def start(self, chunk: int) -> int:
         """Position of the first token of a chunk."""
@@ -120,10 +127,11 @@ class DocumentShape:
         if wrong:
             raise PlanError(f"the plan does not fit this model and prompt: {'; '.join(wrong)}; make a new plan")
 
-    def layout(self, tiers: Iterable[Tier], counts: Iterable[int]) -> Layout:
+    def layout(self, tiers: Iterable[Tier], counts: Iterable[int], formats: str = "rotated",
+               flush: int | None = None) -> Layout:
         """A Layout in which every layer has the same counts, one per tier."""
-        return Layout(**{f.name: getattr(self, f.name) for f in fields(DocumentShape)},
-                      tiers=tuple(tiers), counts=(tuple(counts),) * self.n_layers)
+        return Layout(**{f.name: getattr(self, f.name) for f in fields(DocumentShape)}, tiers=tuple(tiers),
+                      counts=(tuple(counts),) * self.n_layers, formats=formats, flush=flush)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +143,19 @@ class Layout(DocumentShape):
 
     in_place: None, or the tier index of every chunk, [layer][chunk]: then the chunks lie in document order with widths
     mixed, and the arena's bytes depend on where one width gives way to another (Plan.without_reordering).
+
+    formats: the family of storage formats (runtime.formats) behind the widths below 16.
+
+    flush: None, or how many tokens of the tail stay FP16 at least: whenever it holds a whole chunk more behind the
+    prefix, the oldest chunk is packed, at the lowest tier, and read from there. Such a window may reach back into the
+    context, so the remainder may then be longer than a chunk: all that stays FP16 at first is in the tail.
     """
 
     tiers: tuple[Tier, ...]
     counts: tuple[tuple[int, ...], ...]
     in_place: tuple[tuple[int, ...], ...] | None = None
+    formats: str = "rotated"
+    flush: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +175,36 @@ class Layout(DocumentShape):
         if self.in_place is not None:
             object.__setattr__(self, "in_place", _shared("in_place", self.in_place, self.n_layers))
             _check_assignment("in_place", self, self.in_place)
+        self._check_formats()
+
+    def _check_formats(self) -> None:
+        if self.formats not in FAMILIES:
+            raise PlanError(f"formats is {_show(self.formats)}; expected one of {', '.join(FAMILIES)}")
+        widths = FORMAT_WIDTHS[self.formats]
+        for tier in self.tiers:
+            if not {tier.k_bits, tier.v_bits} <= {0, 16, *widths}:
+                raise PlanError(f"there is no {tier} in the {self.formats} formats; their widths are "
+                                f"{', '.join(map(str, widths))} and 16")
+        if self.flush is not None:
+            _integer("flush", self.flush, 0)
+            if self.lowest == FP16:
+                raise PlanError("flush needs a tier below FP16 to pack the tail at; expected one, if of no chunk")
+
+    @property
+    def lowest(self) -> Tier:
+        """The stored tier of the fewest bits: what a flushed tail is packed at."""
+        stored = [tier for tier in self.tiers if tier != HIDDEN]
+        return min(stored, key=lambda tier: (tier.k_bits + tier.v_bits, tier.k_bits), default=FP16)
+
+    def flushed(self, generated: int) -> int:
+        """How many chunks of the tail are packed once it holds so many generated tokens."""
+        if self.flush is None:
+            return 0
+        return max(0, self.remainder + self.suffix + generated - self.flush) // self.chunk
+
+    @property
+    def _keeps_whole_chunks(self) -> bool:
+        return self.flush is not None
 
 
 @dataclass(frozen=True)
@@ -241,7 +287,9 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"policy {self.policy}, scorer {self.scorer}: {layout.n_chunks} chunks of {layout.chunk} tokens, "
                  f"{layout.n_layers} layers, {layout.tail_capacity} tokens of FP16 tail"
-                 + (", widths mixed in place" if layout.in_place is not None else "")]
+                 + (", widths mixed in place" if layout.in_place is not None else "")
+                 + (f", {layout.formats} formats" if layout.formats != "rotated" else "")
+                 + (f", but for the last {layout.flush} packed as they come" if layout.flush is not None else "")]
         lines += ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:],
                                                                                         strict=True))]) for row in rows]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -262,6 +310,8 @@ class Plan:
             "scores": self.scores,
             "permutation": self.permutation,
             "in_place": self.layout.in_place is not None,
+            "formats": self.layout.formats,
+            "flush": self.layout.flush,
         }, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -275,14 +325,14 @@ class Plan:
         if type(version) is not int or version != VERSION:
             raise PlanError(f"plan version is {_show(version)}; expected {VERSION}; make a new plan")
         _keys("plan", data, {"version", "policy", "scorer", "notes", "shape", "tiers", "assignments", "layers",
-                             "scores", "permutation", "in_place"})
+                             "scores", "permutation", "in_place", "formats", "flush"})
         _typed(data, "shape", dict)
         _keys("plan shape", data["shape"], {f.name for f in fields(DocumentShape)})
-        shape = DocumentShape(**data["shape"])
+        _integer("n_layers", data["shape"]["n_layers"], 1)
         tiers = tuple(Tier.parse(tier) for tier in _strings(data, "tiers"))
         assignments = [_tier_indices(digits, len(tiers)) for digits in _strings(data, "assignments")]
         layers = _typed(data, "layers", list)
-        _indices("plan layers", tuple(layers), shape.n_layers, len(assignments))
+        _indices("plan layers", tuple(layers), data["shape"]["n_layers"], len(assignments))
         counts = []
         for assignment in assignments:
             found = Counter(assignment)
@@ -291,7 +341,8 @@ class Plan:
         placed = tuple(assignments[i] for i in layers)
         return cls(
             layout=Layout(**data["shape"], tiers=tiers, counts=tuple(counts[i] for i in layers),
-                          in_place=placed if _typed(data, "in_place", bool) else None),
+                          in_place=placed if _typed(data, "in_place", bool) else None,
+                          formats=_typed(data, "formats", str), flush=data["flush"]),
             assignment=placed, policy=data["policy"], scorer=data["scorer"],
             scores=None if scores is None else tuple(map(_float, _typed(data, "scores", list))),
             notes=tuple(_strings(data, "notes")),

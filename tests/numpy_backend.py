@@ -66,7 +66,7 @@ class NumpyBackend:
     def seconds(self, begin, end):
         return end - begin
 
-    def bind(self, arena, spans, tail, heads, kv_heads, head_dim, chunk, window):
+    def bind(self, arena, spans, tail, heads, kv_heads, head_dim, chunk, window, flushed=None, data=None):
         half = np.float16
         size = 2 * kv_heads * tail.capacity * head_dim
         k = arena[tail.k : tail.k + size].view(half).reshape(kv_heads, tail.capacity, head_dim)
@@ -117,7 +117,7 @@ class NumpyBackend:
     def logits(self, x, norm, eps, head, out):
         out[:] = _linear(_rms(x, norm, eps), head, None)
 
-    def pack(self, k, v, arena, span, starts, chunk):
+    def pack(self, k, v, arena, span, starts, chunk, positions=None, data=None):
         rows = starts[:, None] + np.arange(chunk)
         self.chunks[id(arena), span.positions] = tuple(
             round_trip(kind, x[:, rows].swapaxes(0, 1), bits).astype(np.float64)

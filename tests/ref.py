@@ -118,7 +118,7 @@ def _spread_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 def read_k(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedK:
     """The quantized K of a span: codes (G, N, C, D) and the metadata as runtime.formats has them."""
-    codes_bytes, meta_bytes = block_bytes("K", span.k_bits, chunk, head_dim)
+    codes_bytes, meta_bytes, _ = block_bytes("K", span.k_bits, chunk, head_dim)
     words = _blocks(arena, span.k_codes, span.k_codes_stride, kv_heads, span.n, codes_bytes)
     meta = _blocks(arena, span.k_meta, span.k_meta_stride, kv_heads, span.n, meta_bytes)
     return EncodedK(span.k_bits, _codes(words, chunk, head_dim, span.k_bits), meta[..., :head_dim],
@@ -127,7 +127,7 @@ def read_k(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -
 
 def read_v(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedV:
     """The quantized V of a span: codes (G, N, C, D), scales (G, N, C)."""
-    codes_bytes, meta_bytes = block_bytes("V", span.v_bits, chunk, head_dim)
+    codes_bytes, meta_bytes, _ = block_bytes("V", span.v_bits, chunk, head_dim)
     words = _blocks(arena, span.v_codes, span.v_codes_stride, kv_heads, span.n, codes_bytes)
     meta = _blocks(arena, span.v_meta, span.v_meta_stride, kv_heads, span.n, meta_bytes)
     codes = _codes(words, head_dim, chunk, span.v_bits).swapaxes(-1, -2)

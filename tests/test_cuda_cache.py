@@ -190,7 +190,7 @@ def check_packed(sequence):
             ("V", sequence.v, span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride),
         ):
             x = x[:, rows].swapaxes(0, 1)  # (n, G, C, D)
-            codes_bytes, meta_bytes = formats.block_bytes(kind, bits, C, D)
+            codes_bytes, meta_bytes, _ = formats.block_bytes(kind, bits, C, D)
             for g in range(G):
                 touched[codes + g * codes_stride : codes + g * codes_stride + span.n * codes_bytes] = True
                 touched[meta + g * meta_stride : meta + g * meta_stride + span.n * meta_bytes] = True

@@ -13,7 +13,7 @@ from strategies import Case, cases, cells, count, dense_cases, several
 
 from kernels_c import CpuBackend, KernelError, available_isas
 from runtime.arena import ArenaLayout
-from runtime.backend import Tail
+from runtime.backend import STATE_SIZE, Tail
 from runtime.plan import FP16, HIDDEN, Layout, Tier
 
 ISAS = available_isas()
@@ -50,7 +50,8 @@ class Stored:
         backend.copy_tail(k, v, self.rows, self.arena, self.tail, 0)
         self.bound = backend.bind(self.arena, self.spans, self.tail, self.case.heads, layout.n_kv_heads,
                                   layout.head_dim, layout.chunk, layout.window)
-        self.state = np.array([self.case.tokens - 1, len(self.rows) - 1, 0, 0], np.int32)
+        self.state = np.zeros(STATE_SIZE, np.int32)
+        self.state[:2] = self.case.tokens - 1, len(self.rows) - 1
 
     def attend(self) -> Any:
         """(H, D) float32; fails on a write outside the output or the arena."""

@@ -111,7 +111,7 @@ class Spy:
 def test_chunks_are_scored_behind_the_first_layer_where_the_layout_can_be_known_before(doc, monkeypatch):
     spy = Spy()
     pack = doc.model.backend.pack
-    monkeypatch.setattr(doc.model.backend, "pack", lambda *args: (spy.events.append("pack"), pack(*args)))
+    monkeypatch.setattr(doc.model.backend, "pack", lambda *args, **kw: (spy.events.append("pack"), pack(*args, **kw)))
     monkeypatch.setattr(doc.model.backend, "prefill_tile", 512)
     answer = doc.ask(QUESTION, max_tokens=6, scorer=spy, progress=spy.report)
     at = spy.events.index("score")

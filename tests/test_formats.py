@@ -244,10 +244,10 @@ def test_block_bytes_counts_what_is_stored() -> None:
     for bits in (2, 3, 4, 8):
         for chunk, dim in ((32, 64), (8, 8), (24, 80), (256, 256), (40, 72)):
             assert formats.block_bytes("K", bits, chunk, dim) == (
-                chunk * len(np.packbits(np.zeros(dim * bits + -dim * bits % 32, np.uint8))), dim + dim + 2 + 2)
+                chunk * len(np.packbits(np.zeros(dim * bits + -dim * bits % 32, np.uint8))), dim + dim + 2 + 2, 0)
             assert formats.block_bytes("V", bits, chunk, dim) == (
-                dim * len(np.packbits(np.zeros(chunk * bits + -chunk * bits % 32, np.uint8))), 2 * chunk)
-    assert formats.block_bytes("K", 16, 32, 64) == (32 * 64 * 2, 0)
-    assert formats.block_bytes("V", 0, 32, 64) == (0, 0)
-    with pytest.raises(ValueError, match="no format of 5 bits"):
+                dim * len(np.packbits(np.zeros(chunk * bits + -chunk * bits % 32, np.uint8))), 2 * chunk, 0)
+    assert formats.block_bytes("K", 16, 32, 64) == (32 * 64 * 2, 0, 0)
+    assert formats.block_bytes("V", 0, 32, 64) == (0, 0, 0)
+    with pytest.raises(ValueError, match="no rotated format of 5 bits"):
         formats.block_bytes("K", 5, 32, 64)

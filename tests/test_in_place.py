@@ -39,7 +39,7 @@ def filled(backend, case: Case, plan: Plan) -> Cache:
     slot = layout.prompt_tokens - layout.n_chunks * layout.chunk
     for tail, values in ((cache.k[0], k), (cache.v[0], v)):
         tail[:, slot : slot + case.new + 1] = backend.upload(values[:, layout.prompt_tokens : case.tokens].copy())
-    cache.state[:] = backend.upload(np.array([case.tokens - 1, slot + case.new, 0, 0], np.int32))
+    cache.state[:2] = backend.upload(np.array([case.tokens - 1, slot + case.new], np.int32))
     return cache
 
 

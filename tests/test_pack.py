@@ -50,7 +50,7 @@ def owned(layout: Layout, span: Span) -> list[tuple[int, int]]:
     for kind, bits, codes, codes_stride, meta, meta_stride in (
             ("K", span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride),
             ("V", span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride)):
-        codes_bytes, meta_bytes = formats.block_bytes(kind, bits, layout.chunk, layout.head_dim)
+        codes_bytes, meta_bytes, _ = formats.block_bytes(kind, bits, layout.chunk, layout.head_dim)
         for g in range(layout.n_kv_heads):
             ranges += [(codes + g * codes_stride, span.n * codes_bytes), (meta + g * meta_stride, span.n * meta_bytes)]
     return ranges
@@ -185,4 +185,4 @@ def test_block_sizes_agree_with_the_formats() -> None:
             for dim in range(8, 257, 8):
                 for kind in ("K", "V"):
                     assert _block_bytes(kind, tier.k_bits, chunk, dim) == formats.block_bytes(
-                        kind, tier.k_bits, chunk, dim)
+                        kind, tier.k_bits, chunk, dim)[:2]

@@ -1,4 +1,4 @@
-/* Packing FP16 chunks of K and V. The bits are those of runtime/formats.py: every float operation below happens there
+/* Packing FP16 chunks of K and V. The bits are those of runtime/formats: every float operation below happens there
  * in the same order, one rounding each (the build forbids contraction). Lanes are channels.
  *
  * A K block's codes are words[ceil(D * bits / 32)][C] of uint32: a token's D codes are one little-endian bit stream,

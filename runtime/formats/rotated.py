@@ -1,21 +1,14 @@
-"""How one chunk of K or V is stored at each width: its bytes and its reference encode and decode.
+"""Family "rotated": this project's formats.
 
-This module defines the bits. Every backend must give the same codes, scales and zeros for the same FP16 input, so the
-order of every floating-point operation below is part of the format: float32 throughout, one IEEE operation at a time
-(no fused multiply-add), round to nearest even, sums in the order stated. How a backend arranges the codes in memory
-is its own affair; their number of bytes (`block_bytes`) is not.
-
-Both quantized formats rotate each head by a Walsh-Hadamard transform first, which spreads outliers over the channels:
-y = H x / b in blocks of b, the largest power of two that divides D. Dividing by b and not by sqrt(b) keeps
-|y| <= max|x|, costs no rounding (b is a power of two), and leaves the plain H for queries and outputs:
-q.x = (H q).y and x = H y.
+Both rotate each head by a Walsh-Hadamard transform first, which spreads outliers over the channels: y = H x / b in
+blocks of b, the largest power of two that divides D. Dividing by b and not by sqrt(b) keeps |y| <= max|x|, costs no
+rounding (b is a power of two), and leaves the plain H for queries and outputs: q.x = (H q).y and x = H y.
 
 K ("hch"): per rotated channel over the chunk's tokens, y ~ scale * code + zero, codes 0 .. 2^b - 1. A channel's scale
   and zero are 8-bit numbers in units of one BF16 pair per chunk and head. Clipped to the least squared error at 2 to 4
   bits, min-max at 8. The scale folds into the query once per chunk and channel.
 V ("mid"): per token, y ~ scale * (code - (2^b - 1) / 2), one BF16 scale per token and head, clipped to the least
   squared error at 2 to 4 bits. The scale folds into the token's probability.
-16 bits: the FP16 values themselves, not rotated.
 
 BF16 bases keep the range of float32: no input can overflow a scale. `...` below stands for any leading axes, usually
 (chunks, KV heads). Letters: C tokens of a chunk, D head_dim.
@@ -24,36 +17,16 @@ BF16 bases keep the range of float32: no input can overflow a scale. `...` below
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
-Kind = Literal["K", "V"]
-
-WIDTHS = (2, 3, 4, 8, 16)
 
 # Shares of a channel's (K) or token's (V) half range that are tried as clipping limits; the first best one wins.
 K_CLIP = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.85, 0.7), 8: (1.0,)}
 V_CLIP = dict.fromkeys((2, 3, 4), (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)) | {8: (1.0,)}
-
-
-def block_bytes(kind: Kind, bits: int, chunk: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of the codes and of the metadata of one chunk and one KV head.
-
-    K's codes are a bit stream per token in whole 32-bit words, V's a bit stream per channel, so a head_dim (K) or chunk
-    size (V) whose codes do not fill the last word pays for the rest of it. Width 0 (not stored) takes nothing.
-    """
-    if bits == 0:
-        return 0, 0
-    if bits == 16:
-        return 2 * chunk * head_dim, 0
-    if bits not in WIDTHS:
-        raise ValueError(f"no format of {bits} bits; widths are 0, {', '.join(map(str, WIDTHS))}")
-    if kind == "K":
-        return 4 * chunk * -(-head_dim * bits // 32), 2 * head_dim + 4
-    return 4 * head_dim * -(-chunk * bits // 32), 2 * chunk
 
 
 @dataclass(frozen=True)
@@ -139,15 +112,6 @@ def decode_v(encoded: EncodedV) -> F32:
     """The values (..., C, D) float32 that the codes stand for, rotated back."""
     top = np.float32(2**encoded.bits - 1)
     return hadamard(_levels(encoded.codes.astype(np.float32), encoded.scales, top))
-
-
-def round_trip(kind: Kind, x: npt.NDArray[np.float16], bits: int) -> F32:
-    """What attention sees of x (..., C, D) after storage at `bits` (16: x itself; 0: zeros)."""
-    if bits == 16:
-        return x.astype(np.float32)
-    if bits == 0:
-        return np.zeros(x.shape, np.float32)
-    return decode_k(encode_k(x, bits)) if kind == "K" else decode_v(encode_v(x, bits))
 
 
 def rotation_block(head_dim: int) -> int:
