@@ -23,7 +23,7 @@ from kernels_cu.backend import CudaBackend
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
-from runtime.engine import PendingPlan, Reading, read
+from runtime.engine import Planned, Reading, read
 from runtime.model import Model
 from runtime.plan import FP16, DocumentShape, Layout, Plan, Tier
 from runtime.sampler import SamplingParams
@@ -153,7 +153,7 @@ def prompt_of(config: ModelConfig, tokens: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(1).integers(3, config.vocab_size, tokens)]
 
 
-def run_case(model: Model, plan: Plan | PendingPlan, name: str, rounds: int, steps: int, before: int) -> Case:
+def run_case(model: Model, plan: Planned, name: str, rounds: int, steps: int, before: int) -> Case:
     """Answers of WARM_STEPS + steps + 1 ids at most, as the layout has room. before: bytes that were free on the device
     before the weights."""
     layout = plan.layout

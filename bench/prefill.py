@@ -28,7 +28,7 @@ import numpy as np
 from bench import gpu
 from bench.report import describe_run, emit, print_table, progress
 from bench.scoring import SCORERS
-from bench.shapes import model_of, model_options, print_scorers, record_of, run_peers, run_scorers
+from bench.shapes import ATTENTION, model_of, model_options, print_scorers, record_of, run_peers, run_scorers
 from kernels_cu import product
 from kernels_cu.backend import CudaBackend
 from runtime.config import ModelConfig
@@ -42,7 +42,7 @@ SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # torch.nn.attention.SDPBackend
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_options(parser, SCORERS)
+    model_options(parser, (*SCORERS, ATTENTION))
     parser.add_argument("--policy", choices=gpu.POLICIES, default="mix")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -7,7 +7,8 @@ it. Weights are random where a shape is named and made once; a short prompt firs
             floor: multiply-adds of the prompt over the rate of an FP16 matrix product in this run
     pack    device time around packing, within those prefills
     score   each scorer by itself, and its TTFT where chunks are scored behind the first layer: `wait` is the time for
-            which the device stood still then. Scorers and encoders: bench.scoring
+            which the device stood still then. Scorers and encoders: bench.scoring. `attention` is the model's own, in
+            every layer: its kernels count as waited for
     TPOT    median decode step, as the caller sees it.
             floor: weights and cache once, over the best read rate of this run: of a copy, a sum, a matrix-vector kernel
     memory  what the driver gave since before the weights: pool, cuBLAS and graphs count, the context does not.
@@ -47,6 +48,7 @@ from bench.gpu import (
 from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, verdict
 from bench.scoring import QUERY, SCORERS, chunk_texts, make_scorer, score_seconds
 from cocktail.policies import load_policy
+from cocktail.scorers.attention import AttentionScorer, query_rows
 from kernels_cu.backend import CudaBackend
 from runtime.engine import PendingPlan
 from runtime.model import Model
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from bench.peer_transformers import Figures
 
 FIGURES = ("TTFT", "TPOT", "memory")
+ATTENTION = AttentionScorer.name
 ROUNDS, STEPS = 2, 48
 PEER_STEPS = 8
 MIX_OPTIONS: dict[str, Any] = {"tiers": "K3V2,K4V4,FP16", "shares": (0.15, 0.05)}  # the mix as a policy
@@ -135,17 +138,22 @@ def run_cases(model: Model, args: argparse.Namespace, figures: Sequence[str], be
     return cases
 
 
-def run_scorers(model: Model, context_tokens: int, names: Sequence[str], before: int) -> dict[str, tuple[float, Case]]:
-    """Per scorer its seconds alone, and the mix read with its plan pending."""
+def run_scorers(model: Model, context_tokens: int, names: Sequence[str],
+                before: int) -> dict[str, tuple[float | None, Case]]:
+    """Per scorer its seconds alone, where it can be alone, and the mix read with its plan pending."""
     policy, shape = load_policy("budget", **MIX_OPTIONS), shape_of(model.config, context_tokens, 4)
     layout, texts, found = policy.layout(shape), chunk_texts(shape.n_chunks), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            scorer = make_scorer(name, texts, Path(folder))
-            alone = score_seconds(scorer, texts)
-            pending = PendingPlan(layout, lambda by=scorer: policy.assign(layout, by.score(texts, QUERY), by.name))
+            if name == ATTENTION:  # all of the suffix asks
+                scorer, alone = None, None
+                pending = AttentionScorer().plan(policy, layout, query_rows(shape.prompt_tokens, SUFFIX, range(SUFFIX)))
+            else:
+                scorer = make_scorer(name, texts, Path(folder))
+                alone = score_seconds(scorer, texts)
+                pending = PendingPlan(layout, lambda by=scorer: policy.assign(layout, by.score(texts, QUERY), by.name))
             found[name] = alone, run_case(model, pending, name, 2, 2, before)
-            progress(f"{name}: {1e3 * alone:.1f} ms alone, TTFT {found[name][1].ttft}, "
+            progress(f"{name}: {alone} s alone, TTFT {found[name][1].ttft}, "
                      f"{cupy.cuda.runtime.memGetInfo()[0] / 2**30:.1f} GiB free")
             del scorer, pending
     return found
@@ -203,17 +211,18 @@ def print_memory(cases: Sequence[Case]) -> None:
         print_table(("MiB", *cases[-1].parts, "expected", "pool", "measured", "other", "x expected"), rows)
 
 
-def print_scorers(scored: dict[str, tuple[float, Case]]) -> None:
+def print_scorers(scored: dict[str, tuple[float | None, Case]]) -> None:
     rows = []
     for name, (alone, case) in scored.items():
         # The first round warms up what the scorer and the prefill do to each other.
         ttft, score, wait = (float(np.median(values[1:])) for values in (case.ttft, case.plan, case.wait))
-        rows.append((name, f"{1e3 * alone:.1f}", f"{alone / ttft:.1%}", f"{1e3 * score:.1f}", f"{1e3 * wait:.1f}",
+        by_itself = ("", "") if alone is None else (f"{1e3 * alone:.1f}", f"{alone / ttft:.1%}")
+        rows.append((name, *by_itself, f"{1e3 * score:.1f}", f"{1e3 * wait:.1f}",
                      f"{wait / ttft:.1%}", f"{ttft:.3f}"))
     print_table(("scorer", "alone ms", "of TTFT", "behind layer 0: ms", "waited for, ms", "of TTFT", "TTFT s"), rows)
 
 
-def record_of(scored: dict[str, tuple[float, Case]], peers: Peers) -> dict[str, Any]:
+def record_of(scored: dict[str, tuple[float | None, Case]], peers: Peers) -> dict[str, Any]:
     """For the closing JSON."""
     return {"scorers": {name: {"alone": alone, **asdict(case)} for name, (alone, case) in scored.items()},
             "transformers": {name: found if isinstance(found, str) else asdict(found) for name, found in peers.items()}}
@@ -236,7 +245,7 @@ def _beside(case: str, figure: str, peers: Peers) -> str:
 def _arguments(arguments: Sequence[str] | None, figures: Sequence[str], command: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{command}", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_options(parser, SCORERS if "TTFT" in figures else ())
+    model_options(parser, (*SCORERS, ATTENTION) if "TTFT" in figures else ())
     parser.add_argument("--policies", type=_some_of(POLICIES), default=[*POLICIES], help="of fp16,mix")
     parser.add_argument("--quick", action="store_true", help="one round of fewer steps, no scorers")
     args = parser.parse_args(arguments)
@@ -253,8 +262,8 @@ def model_options(parser: argparse.ArgumentParser, scorers: Sequence[str]) -> No
     what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
     parser.add_argument("--backend", choices=["cuda"], default="cuda")
     parser.add_argument("--context-tokens", type=int, help=f"default: {CARD_TOKENS} for a shape, 4096 for a checkpoint")
-    parser.add_argument("--scorers", type=_some_of(SCORERS), default=[*scorers],
-                        help=f"of {','.join(SCORERS)}; default: {','.join(scorers) or 'none'}")
+    parser.add_argument("--scorers", type=_some_of((*SCORERS, ATTENTION)), default=[*scorers],
+                        help=f"of {','.join(SCORERS)},{ATTENTION}; default: {','.join(scorers) or 'none'}")
     parser.add_argument("--peers", action="store_true", help="transformers in the same run")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
 

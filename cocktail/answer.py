@@ -6,13 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from runtime.arena import ArenaLayout
 from runtime.config import ModelConfig
-from runtime.engine import PendingPlan, Progress, Reading, Timing, read
+from runtime.engine import Planned, Progress, Reading, Timing, read
 from runtime.errors import PromptError
+from runtime.layerwise import LayerwisePlan
 from runtime.model import Model as Engine
 from runtime.plan import HIDDEN, Plan
 from runtime.sampler import SamplingParams
@@ -27,7 +28,8 @@ class Stats:
     """What one answer cost. Bytes are those of the allocation, times are seconds of wall clock.
 
     ttft_s: scoring, prefill (packing included) and the first draw. tpot_s: mean of the decode steps after it.
-    score_s: all of scoring; score_wait_s: the part of it that no prefill covered, which alone is in ttft_s.
+    score_s: all of scoring, by attention too; score_wait_s: the part of it that no prefill covered, which alone is in
+    ttft_s.
     chunks: per tier, in the first layer. cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16 bits.
     peak_memory_bytes: resident memory of the process, its maximum so far.
     """
@@ -75,7 +77,7 @@ class Job:
     engine: Engine
     tokenizer: Tokenizer
     prompt: tuple[int, ...]
-    plan: Plan | PendingPlan
+    plan: Planned
     sampling: SamplingParams
     max_new: int
     stop: tuple[str, ...] = ()
@@ -92,8 +94,8 @@ class AnswerStream:
     """Iterate for pieces of text; `answer` holds the whole once the iteration has ended.
 
     The prompt is read when the first piece is asked for. Ctrl-C while a piece is made, or close(), ends the answer
-    with what was generated so far. plan is None until the chunks are scored: there is no answer yet, and Ctrl-C passes
-    through.
+    with what was generated so far. plan is None until the chunks are scored, with scorer attention until
+    prefill's end: there is no answer yet, and Ctrl-C passes through.
     """
 
     job: Job
@@ -166,16 +168,15 @@ class AnswerStream:
             yield rest
         self._finish("stop" if stops.found else reason)  # type: ignore[arg-type]
 
-    def _kept(self, plan: Plan | PendingPlan) -> Plan | PendingPlan:
-        """The plan; where it is pending, one that is kept here once it is made, whatever becomes of the prefill."""
-        if isinstance(plan, Plan):
-            return plan
-
-        def make() -> Plan:
-            made = self.plan = plan.make()
+    def _kept(self, plan: Planned) -> Planned:
+        """The plan; where it is to come, one that is kept here once it is made, whatever becomes of the prefill."""
+        def keep(made: Plan) -> Plan:
+            self.plan = made
             return made
 
-        return PendingPlan(plan.layout, make)
+        if isinstance(plan, LayerwisePlan):
+            return replace(plan, make=lambda chunks, masses: keep(plan.make(chunks, masses)))
+        return plan if isinstance(plan, Plan) else replace(plan, make=lambda: keep(plan.make()))
 
     def _finish(self, reason: FinishReason) -> None:
         job, plan, timing = self.job, self.plan, self._reading.timing if self._reading else Timing()
@@ -194,9 +195,8 @@ class AnswerStream:
             weights_bytes=job.engine.weights.nbytes,
             peak_memory_bytes=peak_memory(),
             backend=job.engine.backend.name,
-            # attention_mass is for scoring by the model's own attention, which no scorer does
             kernels={operation: by for operation, by in job.engine.backend.kernels().items()
-                     if operation != "attention_mass"},
+                     if operation != "attention_mass" or isinstance(job.plan, LayerwisePlan)},
             policy=plan.policy, scorer=plan.scorer, **sizes))
 
 

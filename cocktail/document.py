@@ -18,8 +18,9 @@ from cocktail.answer import Answer, AnswerStream, Job, check_positions, plan_siz
 from cocktail.chunks import cut
 from cocktail.policies import Policy, default_query, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
-from runtime.chat import split_prompt
-from runtime.engine import PendingPlan, Reading, read
+from cocktail.scorers.attention import AttentionScorer, query_rows
+from runtime.chat import PromptParts, split_prompt
+from runtime.engine import PendingPlan, Planned, Reading, read
 from runtime.errors import PlanError, PromptError
 from runtime.plan import DocumentShape, Layout, Plan
 from runtime.sampler import SamplingParams
@@ -35,7 +36,7 @@ class Comparison:
     """One plan's side of Document.compare.
 
     ids, text: its own greedy answer. logits: (len(answer_ids), V) float32, teacher-forced along the common answer;
-    row 0 is the exact prefill's.
+    row 0 is the exact prefill's. plan: the one that was followed, whole.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +44,7 @@ class Comparison:
     logits: npt.NDArray[np.float32]
     arena_bytes: int
     context_bits_per_value: float
+    plan: Plan
 
 
 class Document:
@@ -65,11 +67,11 @@ class Document:
 
     def prompt(self, query: str) -> tuple[int, ...]:
         """All ids for a question: prefix, context, suffix."""
-        return (*self.prefix_ids, *self.context_ids, *self._suffix(query))
+        return (*self.prefix_ids, *self.context_ids, *self._parts(query).suffix_ids)
 
     def shape(self, query: str, max_tokens: int | None = None) -> DocumentShape:
         """The prompt's sizes for a question. Raises PromptError where it exceeds the model's positions."""
-        config, prefix, suffix = self.model.config, len(self.prefix_ids), len(self._suffix(query))
+        config, prefix, suffix = self.model.config, len(self.prefix_ids), len(self._parts(query).suffix_ids)
         length = prefix + len(self.context_ids) + suffix
         return DocumentShape(
             n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, chunk=self.chunk,
@@ -78,9 +80,21 @@ class Document:
 
     def plan(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
              max_tokens: int | None = None, **options: Any) -> Plan:
-        """Which chunk keeps how many bits for this question. options go to the policy (kv_bits, alpha, sink, ...)."""
-        chosen, shape, score = self._prepare(query, policy, scorer, max_tokens, None, options)
-        return chosen.plan(shape, *score())
+        """Which chunk keeps how many bits for this question. options go to the policy (kv_bits, alpha, sink, ...).
+
+        With scorer "attention" the whole prompt is read for it; `pending` gives what ask and compare can make the plan
+        of while they read it themselves.
+        """
+        planned = self.pending(query, policy=policy, scorer=scorer, max_tokens=max_tokens, **options)
+        if isinstance(planned, PendingPlan):
+            return planned.make()
+        return planned if isinstance(planned, Plan) else self._read(query, [planned]).plans[0]
+
+    def pending(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+                max_tokens: int | None = None, progress: ProgressReport | None = None, **options: Any) -> Planned:
+        """The plan that `ask` follows, as far as it is known before the prompt is read: whole, or scored while that
+        goes on. For `ask` and `compare`; arguments as for `plan`. Raises PromptError, PlanError, ScorerError."""
+        return self._planned(query, policy, scorer, max_tokens, progress, options)[0]
 
     @overload
     def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
@@ -105,41 +119,32 @@ class Document:
         for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done; what goes
         wrong while chunks are scored comes once the first layer has been read, where the policy can wait so long.
         """
-        seconds = 0.0
-        chosen_plan: Plan | PendingPlan
-        if plan is not None:
-            if options:
-                raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
-            chosen_plan = plan
+        chosen_plan: Planned
+        if plan is None:
+            chosen_plan, seconds = self._planned(query, policy, scorer, max_tokens, progress, options)
+        elif options:
+            raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
         else:
-            chosen, shape, score = self._prepare(query, policy, scorer, max_tokens, progress, options)
-            if chosen.uses_scores and not chosen.layout_needs_scores:
-                layout = chosen.layout(shape)
-                chosen_plan = PendingPlan(layout, lambda: chosen.assign(layout, *score()))
-            else:
-                begin = time.perf_counter()
-                scores = score()
-                seconds = time.perf_counter() - begin
-                chosen_plan = chosen.plan(shape, *scores)
+            chosen_plan, seconds = plan, 0.0
         max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
         self._check_layout(chosen_plan.layout, query, max_new)
         answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
                                   sampling or SamplingParams(), max_new, tuple(stop), seconds, progress))
         return answer if stream else answer.answer
 
-    def logits(self, query: str, answer_ids: Sequence[int], *, plan: Plan | None = None,
+    def logits(self, query: str, answer_ids: Sequence[int], *, plan: Planned | None = None,
                **options: Any) -> npt.NDArray[np.float32]:
         """Teacher forcing over a mixed cache: (len(answer_ids), V) float32; row i predicts answer_ids[i].
 
         Row 0 is the exact prefill's (the paper's order of work). options as for plan().
         """
         if plan is None:
-            plan = self.plan(query, max_tokens=max(len(answer_ids), 1), **options)
+            plan = self.pending(query, max_tokens=max(len(answer_ids), 1), **options)
         return self._read(query, [plan]).force(answer_ids)
 
-    def compare(self, query: str, plans: Mapping[str, Plan], *, answer_ids: Sequence[int] | None = None,
+    def compare(self, query: str, plans: Mapping[str, Planned], *, answer_ids: Sequence[int] | None = None,
                 max_tokens: int = 64, progress: ProgressReport | None = None) -> dict[str, Comparison]:
-        """Run several plans over one prefill of the same prompt.
+        """Run several plans, or what `pending` gives, over one prefill of the same prompt.
 
         answer_ids: the answer along which every plan is teacher-forced; None for the greedy one of the plan named
         "fp16", which must then be there.
@@ -152,31 +157,43 @@ class Document:
         own = [tuple(reading.generate(SamplingParams(), max_tokens, eos, cache)) for cache in range(len(names))]
         common = own[names.index("fp16")] if answer_ids is None else tuple(answer_ids)
         return {name: Comparison(own[i], self.model.tokenizer.decode(own[i]), reading.force(common, i),
-                                 reading.caches[i].sizes.nbytes, reading.caches[i].sizes.context_bits_per_value)
+                                 reading.caches[i].sizes.nbytes, reading.caches[i].sizes.context_bits_per_value,
+                                 reading.plans[i])
                 for i, name in enumerate(names)}
 
-    def _prepare(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
-                 progress: ProgressReport | None, options: Mapping[str, Any],
-                 ) -> tuple[Policy, DocumentShape, Callable[[], tuple[Scores | None, str]]]:
-        """The policy and the prompt's sizes, checked, and what scores the chunks: call it for scores, scorer's name."""
+    def _planned(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
+                 progress: ProgressReport | None, options: Mapping[str, Any]) -> tuple[Planned, float]:
+        """The plan as far as it is known without reading the prompt, and the seconds that scoring took."""
         chosen = load_policy(policy, **options) if isinstance(policy, str) else policy
         chosen.check_model(self.model.engine)
         shape = self.shape(query, max_tokens)
+        if scorer == AttentionScorer.name or isinstance(scorer, AttentionScorer):
+            attention = AttentionScorer()
+            attention.checked(chosen)  # before a layout is asked for, which may need scores
+            asked = self._parts(query).query if query.strip() else range(0)
+            rows = query_rows(shape.prompt_tokens, shape.suffix, asked)
+            return attention.plan(chosen, chosen.layout(shape), rows), 0.0
         if not chosen.uses_scores:
-            return chosen, shape, lambda: (None, "none")
+            return chosen.plan(shape), 0.0
         judge = self._scorer(scorer)
 
-        def score() -> tuple[Scores, str]:
+        def score() -> Scores:
             if progress is not None:
                 progress("score", 0, 1)
             scores = judge.score(self.chunk_texts, query.strip() or default_query(self.system, self._last_text()))
             if progress is not None:
                 progress("score", 1, 1)
-            return scores, judge.name
+            return scores
 
-        return chosen, shape, score
+        if not chosen.layout_needs_scores:
+            layout = chosen.layout(shape)
+            return PendingPlan(layout, lambda: chosen.assign(layout, score(), judge.name)), 0.0
+        begin = time.perf_counter()
+        scores = score()
+        seconds = time.perf_counter() - begin
+        return chosen.plan(shape, scores, judge.name), seconds
 
-    def _read(self, query: str, plans: Sequence[Plan], progress: ProgressReport | None = None) -> Reading:
+    def _read(self, query: str, plans: Sequence[Planned], progress: ProgressReport | None = None) -> Reading:
         for plan in plans:
             self._check_layout(plan.layout, query, plan.layout.max_new)
         report = None if progress is None else lambda done, total: progress("prefill", done, total)
@@ -189,9 +206,9 @@ class Document:
         if max_new > layout.max_new:
             raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {layout.max_new}")
 
-    def _suffix(self, query: str) -> list[int]:
+    def _parts(self, query: str) -> PromptParts:
         # Any context gives the same suffix: it is tokenized apart. A letter spares tokenizing the document again.
-        return split_prompt(self.model.tokenizer, self.model.template, "x", query, self.system).suffix_ids
+        return split_prompt(self.model.tokenizer, self.model.template, "x", query, self.system)
 
     def _scorer(self, scorer: str | Scorer) -> Scorer:
         if not isinstance(scorer, str):

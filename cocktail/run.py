@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
                        "kvtuner or fp16")
     cache.add_argument("--scorer", metavar="NAME",
-                       help="bm25 (default), random, none, a sentence-transformers folder, or hybrid:FOLDER")
+                       help="bm25 (default), attention (the model's own, per layer; budget only), random, none, a "
+                       "sentence-transformers folder, or hybrid:FOLDER")
     cache.add_argument("--kv-bits", metavar="BITS", type=_number, help="budget: mean bits per context value (3.3)")
     cache.add_argument("--kv-budget", metavar="SIZE", help="budget: bytes of the whole cache, e.g. 200MiB or 1.5GB")
     cache.add_argument("--tiers", metavar="LIST", help="budget: K and V bits, low to high, e.g. K3V2,K4V4,K8V8")
@@ -197,7 +198,7 @@ def _stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace) -
                 last = piece or last
         except KeyboardInterrupt:
             if stream.plan is None:
-                raise  # while chunks were scored: there is nothing to report
+                raise  # before all chunks were scored: there is nothing to report
             stream.close()  # it came between two pieces; the stream itself ends cleanly on one within a piece
     if last and not last.endswith("\n"):
         print(flush=True)
@@ -258,6 +259,7 @@ def _cache_options(options: argparse.Namespace) -> dict[str, Any]:
         return {"plan": Plan.from_json(_read(options.plan_in, "--plan-in"))}
     from cocktail.policies import DEFAULT_POLICY, load_policy
     from cocktail.scorers import load_scorer
+    from cocktail.scorers.attention import AttentionScorer
 
     seeded = ("seed",) if options.no_search else ()
     policy = load_policy(options.policy or DEFAULT_POLICY, **_given(options, (*POLICY_OPTIONS, *seeded)))
@@ -266,7 +268,10 @@ def _cache_options(options: argparse.Namespace) -> dict[str, Any]:
     if not policy.uses_scores:
         raise PlanError(f"policy {policy.name} looks at no scores; leave --scorer out")
     seed = {"seed": options.seed} if options.scorer == "random" and options.seed is not None else {}
-    return {"policy": policy, "scorer": load_scorer(options.scorer, **seed)}
+    scorer = load_scorer(options.scorer, **seed)
+    if isinstance(scorer, AttentionScorer):
+        scorer.checked(policy)
+    return {"policy": policy, "scorer": scorer}
 
 
 def _system(options: argparse.Namespace) -> list[dict[str, str]]:

@@ -46,17 +46,20 @@ def json_line(answer: Answer) -> str:
 
 
 def plan_map(plan: Plan) -> str:
-    """One mark per chunk in document order; the first layer's where layers differ."""
+    """One mark per chunk in document order; where layers differ, those of the first, the middle and the last."""
     layout = plan.layout
     ranked = sorted(range(len(layout.tiers)), key=lambda i: (layout.tiers[i].k_bits, layout.tiers[i].v_bits))
     marks = dict(zip(ranked, MARKS, strict=False))
     marks |= {i: "#" for i in ranked if str(layout.tiers[i]) == "FP16"}
-    chunks = plan.assignment[0]
-    drawn = "".join(marks.get(tier, "?") for tier in chunks)
-    legend = ", ".join(f"{marks.get(i, '?')} {layout.tiers[i]}" for i in ranked if i in set(chunks))
-    first = "" if len(set(plan.assignment)) == 1 else "; layer 0, others differ"
-    lines = [drawn[i : i + MAP_WIDTH] for i in range(0, len(drawn), MAP_WIDTH)]
-    return "\n".join([f"chunks in document order ({legend}{first})", *lines])
+    shown = [0] if len(set(plan.assignment)) == 1 else sorted({0, layout.n_layers // 2, layout.n_layers - 1})
+    used = set().union(*(plan.assignment[layer] for layer in shown))
+    legend = ", ".join(f"{marks.get(i, '?')} {layout.tiers[i]}" for i in ranked if i in used)
+    lines = [f"chunks in document order ({legend})"]
+    for layer in shown:
+        drawn = "".join(marks.get(tier, "?") for tier in plan.assignment[layer])
+        lines += [f"layer {layer}"] * (len(shown) > 1)
+        lines += [drawn[i : i + MAP_WIDTH] for i in range(0, len(drawn), MAP_WIDTH)]
+    return "\n".join(lines)
 
 
 class ProgressBar:

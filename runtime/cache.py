@@ -21,6 +21,7 @@ from runtime.backend import (
 )
 from runtime.config import ModelConfig
 from runtime.errors import OutOfMemory, PlanError
+from runtime.layerwise import LayerChoices
 from runtime.plan import Layout, Plan
 
 
@@ -64,15 +65,15 @@ class Cache:
         self.token = self.state[STATE_TOKEN : STATE_TOKEN + 1]
         self._counts = backend.upload(np.arange(layout.flushed(layout.max_new) + 1, dtype=np.int32))
         self._n_flushed = 0  # what the state will say once all work handed over is done
-        self._plan: Plan | Callable[[], Plan] | None = None
+        self._plan: Plan | Callable[[], Plan] | LayerChoices | None = None
         self._packing: list[tuple[Any, Any]] = []  # marks of the backend before and after each layer
         self._waiting: list[tuple[Any, Any]] = []
         self._making = 0.0
 
-    def assign(self, plan: Plan | Callable[[], Plan]) -> None:
-        """Say which chunk sits where, or how to find out when it is first needed; every layer's `pack` follows the plan
-        of that moment."""
-        if isinstance(plan, Plan) and plan.layout != self.layout:
+    def assign(self, plan: Plan | Callable[[], Plan] | LayerChoices) -> None:
+        """Say which chunk sits where, or how to find out when it is first needed, or in every layer anew; every layer's
+        `pack` follows the plan of that moment."""
+        if isinstance(plan, Plan | LayerChoices) and plan.layout != self.layout:
             raise PlanError("the plan's layout is not the one that this cache was allocated for; make a new plan")
         self._plan = plan
 
@@ -83,9 +84,9 @@ class Cache:
 
     def pack(self, layer: int, k: Array, v: Array) -> None:
         """Store one layer of the prompt; k, v FP16 (G, at least prompt tokens, D), row = position."""
-        plan = self._made()
+        stored = self._stored(layer)
         begin, layout = self._backend.mark(), self.layout
-        for chunks, span in zip(plan.stored(layer), self.spans[layer], strict=True):
+        for chunks, span in zip(stored, self.spans[layer], strict=True):
             if span.n:
                 starts = np.array([layout.start(chunk) for chunk in chunks], np.int32)
                 self._backend.pack(k, v, self.arena, span, starts, layout.chunk, data=self.data[layer])
@@ -134,18 +135,27 @@ class Cache:
         self._backend.pack(k, v, self.arena, self.sizes.part(span, chunks.start, len(chunks)), starts + np.int32(first),
                            layout.chunk, starts + np.int32(layout.start(layout.n_chunks)), self.data[layer])
 
-    def _made(self) -> Plan:
+    def _stored(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """The chunks of each of the layer's spans; what is not known yet is found out."""
         if self._plan is None:
             raise PlanError("no plan is assigned: call Cache.assign before the first layer is packed")
-        if not isinstance(self._plan, Plan):
-            # On a GPU the first mark passes when the work handed over so far is done: the time between is idle.
-            mark, begin = self._backend.mark(), time.perf_counter()
-            plan = self._plan()
-            self._making = time.perf_counter() - begin
-            self._waiting.append((mark, self._backend.mark()))
+        if isinstance(self._plan, Plan):
+            return self._plan.stored(layer)
+        # On a GPU the first mark passes when the work handed over so far is done: the time between is idle.
+        mark, pending = self._backend.mark(), self._plan
+        if isinstance(pending, LayerChoices):
+            pending.wait()
+        begin = time.perf_counter()
+        if isinstance(pending, LayerChoices):
+            stored, plan = pending.next(), pending.plan
+        else:
+            plan = pending()
+            stored = plan.stored(layer)
+        self._making += time.perf_counter() - begin
+        self._waiting.append((mark, self._backend.mark()))
+        if plan is not None:
             self.assign(plan)
-            return plan
-        return self._plan
+        return stored
 
     def _half(self, offset: int, shape: tuple[int, int, int]) -> Array:
         nbytes = 2 * shape[0] * shape[1] * shape[2]

@@ -26,11 +26,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PromptParts:
-    """Token ids of a prompt: prefix + context + suffix. The context's depend on nothing but template and context."""
+    """Token ids of a prompt: prefix + context + suffix. The context's depend on nothing but template and context.
+
+    query: where in the suffix the query's own ids are; empty without a query.
+    """
 
     prefix_ids: list[int]
     context_ids: list[int]
     suffix_ids: list[int]
+    query: range = range(0)
 
 
 class ChatTemplate:
@@ -92,11 +96,13 @@ def split_prompt(
         layout = "\n\n".join([_mark("system")] * bool(system) + ["".join(_mark(n) for n in texts if n != "system")])
 
     parts: dict[str, list[int]] = {"prefix": [], "context": [], "suffix": []}
-    part = "prefix" if context else "suffix"
+    part, asked = "prefix" if context else "suffix", range(0)
     for name, ids in _encode(tokenizer, layout, texts):
+        if name == "query":
+            asked = range(len(parts["suffix"]), len(parts["suffix"]) + len(ids))
         parts["context" if name == "context" else part] += ids
         part = "suffix" if name == "context" else part
-    return PromptParts(parts["prefix"], parts["context"], parts["suffix"])
+    return PromptParts(parts["prefix"], parts["context"], parts["suffix"], asked)
 
 
 def encode_messages(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> list[int]:

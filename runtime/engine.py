@@ -14,6 +14,7 @@ import numpy.typing as npt
 from runtime.backend import Array, Draws
 from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
+from runtime.layerwise import LayerChoices, LayerwisePlan, QueryAttention
 from runtime.model import Model, StepBuffers, decode_step, prefill
 from runtime.plan import Layout, Plan
 from runtime.sampler import Sampler, SamplingParams
@@ -30,12 +31,16 @@ class PendingPlan:
     make: Callable[[], Plan]
 
 
+Planned = Plan | PendingPlan | LayerwisePlan  # what `read` takes
+
+
 @dataclass
 class Timing:
     """Seconds. prefill covers the forward pass and packing; pack is its share; decode is what was waited for ids after
     the first.
 
-    plan: making pending plans; wait: of that, what came on top of prefill because the device had run out of work.
+    plan: making pending plans, the attention of layerwise ones included; wait: of that, what came on top of prefill:
+    that attention, and the time for which the device had run out of work.
     """
 
     prefill: float = 0.0
@@ -72,6 +77,11 @@ class Reading:
         self._draws = [
             backend.captured(partial(_draw, self.model, cache, self.rope, self._buffers, self._logits, sampler.draws))
             for cache, sampler in zip(self.caches, self._samplers, strict=True)]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """What each cache follows."""
+        return tuple(plan for cache in self.caches if (plan := cache.plan) is not None)
 
     def generate(self, params: SamplingParams, max_new: int, stop_ids: Collection[int],
                  cache: int = 0) -> Iterator[int]:
@@ -131,13 +141,14 @@ class Reading:
         return rows
 
 
-def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan | PendingPlan], progress: Progress | None = None,
+def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress: Progress | None = None,
          tile: int | None = None) -> Reading:
     """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
 
     The caches are allocated first: a plan that does not fit costs no prefill. A pending plan is made, on this thread,
     when the first layer is to be packed: CUDA has been handed that whole layer by then and works on it meanwhile. (A
-    second thread would fight this one for the interpreter at every launch, and a CPU has no idle cores to win.)
+    second thread would fight this one for the interpreter at every launch, and a CPU has no idle cores to win.) A
+    layerwise plan comes in every layer, in the same way.
     tile: tokens of one prefill step, None for the backend's own choice.
     """
     if not prompt:
@@ -147,13 +158,16 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan | PendingPlan
         plan.layout.check(n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
                           window=config.sliding_window, prompt_tokens=len(prompt))
     caches = tuple(Cache(model.backend, config, plan.layout) for plan in plans)
-    for cache, plan in zip(caches, plans, strict=True):
-        cache.assign(plan if isinstance(plan, Plan) else plan.make)
     begin = time.perf_counter()
     try:
+        watched = _watched(model, plans)
+        for cache, plan in zip(caches, plans, strict=True):
+            cache.assign(plan if isinstance(plan, Plan) else plan.make if isinstance(plan, PendingPlan)
+                         else LayerChoices(plan, watched[_grid(plan)]))
         rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
         logits = model.backend.empty((1, config.vocab_size), np.float32)
-        for done, total in prefill(model, prompt, rope, caches, logits, tile or model.backend.prefill_tile):
+        for done, total in prefill(model, prompt, rope, caches, logits, tile or model.backend.prefill_tile,
+                                   tuple(watched.values())):
             if progress is not None:
                 progress(done, total)
     except MemoryError as error:
@@ -161,8 +175,19 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Plan | PendingPlan
     first = model.backend.download(logits).copy()
     seconds = time.perf_counter() - begin
     pack, plan_, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
-    timing = Timing(prefill=seconds - wait, pack=pack, plan=plan_, wait=wait)
+    looked = sum(attention.seconds() for attention in watched.values())
+    timing = Timing(prefill=seconds - wait - looked, pack=pack, plan=plan_ + looked, wait=wait + looked)
     return Reading(model, tuple(prompt), caches, rope, first, timing)
+
+
+def _grid(plan: LayerwisePlan) -> tuple[range, int, int]:
+    """What decides the masses of a prompt: plans that agree in it share them."""
+    return plan.rows, plan.layout.prefix, plan.layout.chunk
+
+
+def _watched(model: Model, plans: Sequence[Planned]) -> dict[tuple[range, int, int], QueryAttention]:
+    layerwise = {_grid(plan): plan for plan in plans if isinstance(plan, LayerwisePlan)}
+    return {grid: QueryAttention(model.backend, plan.layout, plan.rows) for grid, plan in layerwise.items()}
 
 
 def _draw(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array,

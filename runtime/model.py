@@ -15,6 +15,7 @@ import numpy.typing as npt
 from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.config import ModelConfig
+from runtime.layerwise import QueryAttention
 from runtime.rope import rope_tables
 from runtime.weights import LayerWeights, Weights
 
@@ -61,8 +62,8 @@ class StepBuffers:
 
 
 def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array,
-            tile: int) -> Generator[tuple[int, int], None, None]:
-    """Run the prompt and fill every cache; resumable anywhere between steps.
+            tile: int, watched: Sequence[QueryAttention] = ()) -> Generator[tuple[int, int], None, None]:
+    """Run the prompt and fill every cache; resumable anywhere between steps. watched: what sees every tile's q and k.
 
     Yields (steps done, steps in all) after each (layer, token tile). At the end logits (1, V) predict the first
     answer token: they come from the exact K and V, whatever the caches keep.
@@ -84,6 +85,8 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
         for start, end in tiles:
             q = buffers[end - start].q
             _project(model, layer, x[start:end], rope, positions[start:end], positions[start:end], q, k, v)
+            for attention in watched:
+                attention.see(q, k, start)
             # Of the last layer only the last token's output is read; its K and V are needed for every token.
             first = n - 1 if last else start
             if first < end:

@@ -116,7 +116,7 @@ def test_options_follow_the_command():
     assert (args.shape, args.scorers, args.rounds) == ("llama-2-13b", [], 1)
     args = shapes._arguments(["--model", "x", "--scorers", "bm25,minilm"], ("TPOT",), "decode")
     assert (args.shape, args.model, args.scorers) == (None, "x", ["bm25", "minilm"])
-    assert shapes._arguments([], ("TTFT",), "prefill").scorers == list(scoring.SCORERS)
+    assert shapes._arguments([], ("TTFT",), "prefill").scorers == [*scoring.SCORERS, shapes.ATTENTION]
     for wrong in (["--shape", "llama-2-7b", "--model", "x"], ["--policies", "int4"]):
         with pytest.raises(SystemExit):
             shapes._arguments(wrong, shapes.FIGURES, "shapes")

@@ -1,4 +1,4 @@
-"""What the policies and the search for pairs ask of the GPU: chunks in place, and the oracle's costs."""
+"""What policies, the search for pairs and scoring by attention ask of the GPU, beside the oracle's."""
 
 import json
 
@@ -25,6 +25,8 @@ from cocktail.policies.pairs import fingerprint
 from cocktail.tuning.calibration import Prompt, calibrate
 from cocktail.tuning.profile import profile
 from runtime.checkpoint import Checkpoint
+from runtime.engine import read
+from runtime.layerwise import LayerwisePlan
 from runtime.model import Model as Engine
 from runtime.plan import FP16, DocumentShape, Tier
 from runtime.weights import load_weights
@@ -88,3 +90,50 @@ def test_every_policys_logits_are_the_oracles(models, tmp_path, policy, options)
     expected, unquantized = (oracle.logits("When?", answer, plan=each) for each in (plan, exact))
     error, effect = cuda.logits("When?", answer, plan=plan) - expected, unquantized - expected
     assert np.linalg.norm(error) < 0.1 * np.linalg.norm(effect)
+
+
+def test_layers_that_rank_by_their_own_attention(models):
+    """The oracle's choices but for chunks that are almost equal; the same bits every time, whoever reads the prompt."""
+    oracle, cuda = (model.read(TEXT) for model in models)
+    options = {"scorer": "attention", "kv_bits": 5.0, "max_tokens": 8}
+    plan, expected = cuda.plan("When?", **options), oracle.plan("When?", **options)
+    assert plan.layout == expected.layout
+    differ = np.array(plan.assignment) != np.array(expected.assignment)
+    assert differ.mean() < 0.05
+    np.testing.assert_allclose(plan.scores, expected.scores, rtol=0.02, atol=1e-4)
+    exact = oracle.plan("When?", policy="fp16", max_tokens=8)
+    answer = cuda.ask("When?", **options)
+    assert answer.plan == plan
+    assert "attention_mass" in answer.stats.kernels
+    assert answer.ids == cuda.ask("When?", plan=plan).ids
+    compared = cuda.compare("When?", {"fp16": exact, "own": cuda.pending("When?", **options)}, max_tokens=8)
+    assert compared["own"].plan == plan
+    ids = compared["fp16"].ids
+    wanted, unquantized = (oracle.logits("When?", ids, plan=each) for each in (plan, exact))
+    error, effect = compared["own"].logits - wanted, unquantized - wanted
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(effect)
+
+
+@pytest.mark.parametrize("tile", [48, 300])
+def test_masses_arrive_whole_whatever_the_tiles(models, tile):
+    """A buffer that the host reads while the device works on: every layer's own, not the one before or half of it."""
+    found = []
+    for model in models:
+        doc, seen = model.read(TEXT), []
+        layout = doc.shape("When does the last ferry leave?", 2).layout([FP16], [doc.n_chunks])
+        rows = range(len(doc.prompt("When does the last ferry leave?")) - 20, layout.prompt_tokens)
+
+        def choose(layer, masses, seen=seen, layout=layout):
+            seen.append(masses.copy())
+            return [0] * layout.n_chunks
+
+        def make(chunks, masses, layout=layout):
+            return cocktail.Plan(layout, chunks, "test", "attention")
+
+        for _ in range(3):
+            planned = LayerwisePlan(layout, rows, choose, make)
+            read(model.engine, doc.prompt("When does the last ferry leave?"), [planned], tile=tile)
+        n = layout.n_layers
+        np.testing.assert_array_equal(seen[:n], seen[-n:])
+        found.append(seen[:n])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02, atol=1e-4)

@@ -69,6 +69,22 @@ class Policy(ABC):
         return self.assign(self.layout(shape, scores), scores, scorer)
 
 
+class LayerPolicy(Policy):
+    """A policy that ranks chunks, and can do so in each layer anew: for scores that come layer by layer."""
+
+    @abstractmethod
+    def ranked(self, shape: DocumentShape) -> range:
+        """The chunks whose scores matter."""
+
+    @abstractmethod
+    def assign_layer(self, layout: Layout, layer: int, scores: Scores) -> npt.NDArray[np.int64]:
+        """Index into layout.tiers of every chunk (N,) in one layer. Raises PlanError."""
+
+    @abstractmethod
+    def plan_of_layers(self, layout: Layout, chunks: Sequence[Sequence[int]], scores: Scores, scorer: str) -> Plan:
+        """The Plan of what assign_layer gave in all layers; scores (N,), one per chunk, for its record."""
+
+
 def load_policy(name: str = DEFAULT_POLICY, **options: Any) -> Policy:
     """The policy of that name. Raises PlanError, for unknown options too."""
     if name not in POLICIES:

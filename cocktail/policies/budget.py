@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from cocktail.policies import (
     DEFAULT_SINK,
-    Policy,
+    LayerPolicy,
     check_sink,
     checked_scores,
     labelled,
@@ -73,7 +73,7 @@ LEAST_BY_DEFAULT = 2
 FIRST_LIFTS = 0.5
 
 
-class BudgetPolicy(Policy):
+class BudgetPolicy(LayerPolicy):
     """Give at most one of kv_bits, kv_budget and shares; none of them means kv_bits = 3.3, or somewhat more where the
     document is so short that the FP16 sink would press all else to 2 bits (said in the plan's notes).
 
@@ -114,7 +114,7 @@ class BudgetPolicy(Policy):
             self.floors = LayerPairs.load_all(pairs)
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
-        ranked = _ranked(shape, self.sink)
+        ranked = len(self.ranked(shape))
         if self.shares is not None:
             return self._layout(shape, [int(ranked * sum(self.shares[i:]) + 0.5) for i in range(len(self.shares))],
                                 self.floors[0])
@@ -132,20 +132,16 @@ class BudgetPolicy(Policy):
 
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         checked = checked_scores(self.name, layout, scores)
-        on_pairs = self.floors != (None,)
-        chunks = np.stack([self.assign_layer(layout, layer, checked)
-                           for layer in range(layout.n_layers if on_pairs else 1)])
-        return plan_of(layout, chunks, labelled(self.name, pairs=on_pairs), scorer, checked, self._notes(layout))
+        layers = range(1 if self.floors == (None,) else layout.n_layers)
+        return self.plan_of_layers(layout, [self.assign_layer(layout, layer, checked) for layer in layers], checked,
+                                   scorer)
 
     def check_model(self, engine: Engine) -> None:
         if self.floors[0] is not None:
             self.floors[0].check_model(engine)
 
     def assign_layer(self, layout: Layout, layer: int, scores: Scores) -> npt.NDArray[np.int64]:
-        """Tier index of every chunk (N,) in one layer: the sink, then the ranks, best first, fill the tiers in order.
-
-        For scorers that know more about each layer; `assign` gives all layers the same.
-        """
+        """The sink, then the ranks, best first, fill the tiers in order. `assign` gives all layers the same scores."""
         hidden, sink = layout.hidden_chunks(), sink_chunks(layout, self.sink)
         ranked = sink.stop + np.argsort(-scores[sink.stop:], kind="stable")
         chunks = np.empty(layout.n_chunks, np.int64)
@@ -153,9 +149,18 @@ class BudgetPolicy(Policy):
             np.arange(len(layout.tiers)), layout.counts[layer])
         return chunks
 
+    def plan_of_layers(self, layout: Layout, chunks: Sequence[Sequence[int]] | Sequence[npt.NDArray[np.int64]],
+                       scores: Scores, scorer: str) -> Plan:
+        """One layer's chunks stand for all of them."""
+        return plan_of(layout, np.array(chunks, np.int64), labelled(self.name, pairs=self.floors != (None,)), scorer,
+                       scores, self._notes(layout))
+
+    def ranked(self, shape: DocumentShape) -> range:
+        return range(sink_chunks(shape, self.sink).stop, shape.n_chunks)
+
     def _layout(self, shape: DocumentShape, lifted: Sequence[int], floor: LayerPairs | None) -> Layout:
         """lifted[i]: how many of the ranked chunks are at tiers[i + 1] or above. Tiers come out highest first."""
-        bounds = (_ranked(shape, self.sink), *lifted, 0)
+        bounds = (len(self.ranked(shape)), *lifted, 0)
         counts = {FP16: len(sink_chunks(shape, self.sink))}
         for tier, (here, above) in reversed(list(zip(self.tiers, pairwise(bounds), strict=True))):
             counts[tier] = counts.get(tier, 0) + here - above
@@ -171,7 +176,7 @@ class BudgetPolicy(Policy):
         if floor is not None:
             floor.check(shape)
         cost = [_chunk_bytes(shape, tier, floor) for tier in self.tiers]
-        spent = np.concatenate([[0], np.cumsum(np.diff(cost)[boundaries])]) + cost[0] * _ranked(shape, self.sink)
+        spent = np.concatenate([[0], np.cumsum(np.diff(cost)[boundaries])]) + cost[0] * len(self.ranked(shape))
         step = int(np.searchsorted(spent, budget, "right")) - 1
         while step >= 0 and self._arena(shape, boundaries[:step], floor).context_bytes > budget:
             step -= 1
@@ -247,10 +252,6 @@ def _lifted(tiers: Sequence[Tier], boundaries: npt.NDArray[np.int64]) -> list[in
 
 
 # Sizes.
-
-def _ranked(shape: DocumentShape, sink: int) -> int:
-    return shape.n_chunks - sink_chunks(shape, sink).stop
-
 
 def _values(shape: DocumentShape) -> int:
     """K and V values of the stored context chunks in all layers."""

@@ -3,6 +3,7 @@ relative distances matter, never the scale.
 
     bm25      words in common (cocktail.scorers.bm25); needs no model
     hybrid    bm25 and an encoder, z-scores added; option `encoder` names the model, or "hybrid:FOLDER"
+    attention the model's own, layer by layer in prefill (cocktail.scorers.attention); policy budget only
     random    noise, the control that shows what relevance is worth; option `seed`, or "random:7"
     none      all equal
     anything else is a sentence-transformers model: a folder, or a name in the local Hugging Face cache
@@ -27,6 +28,7 @@ Scores = npt.NDArray[np.float32]
 SCORERS = {
     "bm25": ("cocktail.scorers.bm25", "Bm25Scorer"),
     "hybrid": ("cocktail.scorers.hybrid", "HybridScorer"),
+    "attention": ("cocktail.scorers.attention", "AttentionScorer"),
     "random": ("cocktail.scorers.random", "RandomScorer"),
     "none": ("cocktail.scorers.random", "EqualScorer"),
 }
