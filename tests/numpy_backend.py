@@ -1,7 +1,8 @@
 """The Backend protocol in plain NumPy, float64 inside: the oracle for the engine and for every other backend.
 
 Slow and obvious. Quantized chunks are kept as decoded values beside the arena, so attention sees exactly what
-runtime.formats says it should see.
+runtime.formats says it should see, with K of the pre-RoPE formats turned again. Positions lie in the arena as
+everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.backend import STATE_DRAWN, STATE_POSITION, STATE_SLOT, STATE_TOKEN
+from runtime.backend import STATE_DRAWN, STATE_FLUSHED, STATE_POSITION, STATE_SLOT, STATE_TOKEN
 from runtime.formats import round_trip
 
 
@@ -20,7 +21,7 @@ class NumpyBackend:
     name: str = "numpy"
     prefill_tile: int = 512
     asynchronous: bool = False
-    chunks: dict = field(default_factory=dict)  # span.positions (arena offset) -> decoded K and V (n, G, C, D)
+    chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 
     def kernels(self):
         return {"all": "numpy"}
@@ -72,7 +73,7 @@ class NumpyBackend:
         k = arena[tail.k : tail.k + size].view(half).reshape(kv_heads, tail.capacity, head_dim)
         v = arena[tail.v : tail.v + size].view(half).reshape(kv_heads, tail.capacity, head_dim)
         positions = arena[tail.positions : tail.positions + 4 * tail.capacity].view(np.int32)
-        return arena, spans, k, v, positions, chunk, window
+        return arena, spans, k, v, positions, chunk, window, tail.head, flushed
 
     def embed(self, ids, table, out):
         out[:] = table[ids]
@@ -118,11 +119,14 @@ class NumpyBackend:
         out[:] = _linear(_rms(x, norm, eps), head, None)
 
     def pack(self, k, v, arena, span, starts, chunk, positions=None, data=None):
-        rows = starts[:, None] + np.arange(chunk)
-        self.chunks[id(arena), span.positions] = tuple(
-            round_trip(kind, x[:, rows].swapaxes(0, 1), bits).astype(np.float64)
-            for kind, x, bits in (("K", k, span.k_bits), ("V", v, span.v_bits)))
-        arena[span.positions : span.positions + 4 * span.n].view(np.int32)[:] = starts
+        positions = starts if positions is None else positions
+        assert len(starts) == len(positions) == span.n
+        rows, tokens = (x[:, None] + np.arange(chunk) for x in (starts, positions))
+        decoded = [round_trip(kind, x[:, rows].swapaxes(0, 1), bits, span.formats, tokens, data).astype(np.float64)
+                   for kind, x, bits in (("K", k, span.k_bits), ("V", v, span.v_bits))]
+        for c in range(span.n):
+            self.chunks[id(arena), span.positions + 4 * c] = decoded[0][c], decoded[1][c]
+        arena[span.positions : span.positions + 4 * span.n].view(np.int32)[:] = positions
 
     def copy_tail(self, k, v, rows, arena, tail, slot):
         shape = (k.shape[0], tail.capacity, k.shape[2])
@@ -131,16 +135,18 @@ class NumpyBackend:
             view[:, slot : slot + len(rows)] = x[:, rows]
 
     def decode_attention(self, q, bound, state, out):
-        arena, spans, tail_k, tail_v, tail_positions, chunk, window = bound
-        visible = slice(0, state[STATE_SLOT] + 1)
+        arena, spans, tail_k, tail_v, tail_positions, chunk, window, head, room = bound
+        gone = state[STATE_FLUSHED] * chunk
+        visible = np.r_[0 : min(head, state[STATE_SLOT] + 1), head + gone : state[STATE_SLOT] + 1]
         ks, vs, at = [tail_k[:, visible].astype(np.float64)], [tail_v[:, visible].astype(np.float64)], [
             tail_positions[visible]]
-        for span in spans:
-            k, v = self.chunks[id(arena), span.positions]
-            starts = arena[span.positions : span.positions + 4 * span.n].view(np.int32)
-            ks.append(k.swapaxes(0, 1).reshape(k.shape[1], -1, k.shape[3]))
-            vs.append(v.swapaxes(0, 1).reshape(v.shape[1], -1, v.shape[3]))
-            at.append((starts[:, None] + np.arange(chunk)).ravel())
+        read = [(span, span.n) for span in spans] + ([(room, state[STATE_FLUSHED])] if room is not None else [])
+        for span, n in read:
+            for offset in range(span.positions, span.positions + 4 * n, 4):
+                k, v = self.chunks[id(arena), offset]
+                ks.append(k)
+                vs.append(v)
+                at.append(arena[offset : offset + 4].view(np.int32) + np.arange(chunk))
         k, v, positions = np.concatenate(ks, 1), np.concatenate(vs, 1), np.concatenate(at)
         age = state[STATE_POSITION] - positions
         keep = (age >= 0) & (age < (window or age.max() + 1))

@@ -15,8 +15,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.backend import Span
-from runtime.formats import EncodedK, EncodedV, block_bytes, rotation_block
+from runtime.backend import FormatData, Span
+from runtime.formats import (
+    EncodedK,
+    EncodedV,
+    Kind,
+    atom,
+    block_bytes,
+    encode_k,
+    encode_v,
+    kivi,
+    kvquant,
+    rotation_block,
+    turn,
+    turn_back,
+)
 
 U = 2.0**-24  # float32's unit roundoff
 Array = npt.NDArray[Any]
@@ -26,13 +39,13 @@ Array = npt.NDArray[Any]
 class Keys:
     """One kind (K or V) of T tokens: what attention reads, and how large the numbers are that a kernel adds up.
 
-    values (G, T, D) float64. coded: whether the kernel works on rotated codes; then magnitude (G, T, D) is, per rotated
-    channel, code * scale + |zero or centre|, else |values|.
+    values (G, T, D) float64. magnitude (G, T, D): |values|, or of codes the sum of what they are made of, code * scale
+    + |zero or centre|. rotated: whether the kernel works on rotated codes; then magnitude is of the rotated channels.
     """
 
     values: torch.Tensor
     magnitude: torch.Tensor
-    coded: bool
+    rotated: bool
 
 
 def half(x: Array) -> Keys:
@@ -53,6 +66,77 @@ def coded_v(encoded: EncodedV) -> Keys:
     """Codes (G, N, C, D) -> T = N * C tokens."""
     centre, scale = (2**encoded.bits - 1) / 2, encoded.scales.astype(np.float64)[..., None]
     return _coded((encoded.codes - centre) * scale, (encoded.codes + centre) * scale)
+
+
+def stored(kind: Kind, x: Array, bits: int, family: str = "rotated", positions: Array | None = None,
+           data: FormatData | None = None) -> Keys:
+    """What storage of x (N, G, C, D) float16 at `bits` leaves, T = N * C tokens; codes, scales and the sparse store are
+    runtime.formats', all that is done with them float64.
+
+    positions (N, C): of the tokens; data: host arrays. Both as runtime.formats.round_trip needs them.
+    """
+    if bits == 16:
+        return half(_tokens(x))
+    if family == "rotated":
+        heads_first = x.swapaxes(0, 1)
+        return coded_k(encode_k(heads_first, bits)) if kind == "K" else coded_v(encode_v(heads_first, bits))
+    if family == "kivi":
+        return _plain(*_kivi(kind, kivi.encode_k(x, bits) if kind == "K" else kivi.encode_v(x, bits)))
+    if kind == "V":
+        if family == "atom":
+            return _plain(*_atom(atom.encode(x)))
+        levels = kvquant.levels_of(data.v_levels, bits)
+        v = kvquant.encode_v(x, bits, levels)
+        return _plain(*_kvquant(v, levels, v.centre[..., None, :, None], v.half[..., None, :, None]))
+    cos, sin = (table[positions][:, None] for table in (data.cos, data.sin))
+    before = turn_back(x, cos, sin)
+    if family == "atom":
+        values, magnitude = _atom(atom.encode(before))
+    else:
+        levels = kvquant.levels_of(data.k_levels, bits)
+        k = kvquant.encode_k(before, bits, levels, data.k_centre, data.k_half)
+        values, magnitude = _kvquant(k, levels, data.k_centre[:, None], data.k_half[:, None])
+    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
+    return _plain(turn(values, cos, sin), _turned_magnitude(magnitude, np.abs(cos), np.abs(sin)))
+
+
+def _kivi(kind: Kind, encoded: kivi.Encoded) -> tuple[Array, Array]:
+    """Values and their magnitudes (N, G, C, D), as of the other two."""
+    group = np.arange(encoded.codes.shape[-1]) // kivi.GROUP
+    parts = (part.astype(np.float64) for part in (encoded.scales, encoded.zeros))
+    scale, zero = (part[..., None, :] if kind == "K" else part[..., group] for part in parts)
+    return encoded.codes * scale + zero, encoded.codes * scale + np.abs(zero)
+
+
+def _atom(encoded: atom.Encoded) -> tuple[Array, Array]:
+    scale, zero = (part.astype(np.float64)[..., None] for part in (encoded.scales, encoded.zeros))
+    return (encoded.codes - zero) * scale, (encoded.codes + zero) * scale
+
+
+def _kvquant(encoded: Any, levels: Array, centre: Array, radius: Array) -> tuple[Array, Array]:
+    sparse, codes, centre = encoded.sparse, encoded.codes, centre.astype(np.float64)
+    scaled = levels[codes].astype(np.float64) * radius
+    values, magnitude = scaled + centre, np.abs(scaled) + np.abs(centre)
+    for block in np.ndindex(codes.shape[:-2]):
+        at = np.unravel_index(sparse.index[block][: sparse.kept[block]], codes.shape[-2:])
+        kept = sparse.values[block][: sparse.kept[block]].astype(np.float64)
+        values[block][at] = kept
+        magnitude[block][at] = np.abs(kept) + 2 * magnitude[block][at]  # a kernel may correct what the code says
+    return values, magnitude
+
+
+def _turned_magnitude(x: Array, cos: Array, sin: Array) -> Array:
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos + b * sin, b * cos + a * sin], axis=-1)
+
+
+def _plain(values: Array, magnitude: Array) -> Keys:
+    return Keys(torch.from_numpy(_tokens(values)), torch.from_numpy(_tokens(magnitude)), False)
+
+
+def _tokens(x: Array) -> Array:
+    """(N, G, C, D) -> (G, N * C, D)."""
+    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape[1], -1, x.shape[-1])
 
 
 def _coded(rotated: Array, magnitude: Array) -> Keys:
@@ -84,7 +168,7 @@ def attention(q: Array, keys: list[Keys], values: list[Keys], visible: Array) ->
                           for h in range(out.shape[1])], 1).sum(-2)
     spread = spread / (1 - (weights * relative).sum(-1, keepdim=True)).clamp(min=1e-300)
     block = rotation_block(dim)
-    size = torch.cat([_spread_blocks(part.magnitude, block) if part.coded else part.magnitude for part in values], -2)
+    size = torch.cat([_spread_blocks(part.magnitude, block) if part.rotated else part.magnitude for part in values], -2)
     steps = n + 2 * log2(block) + 32  # additions on the way of one value to the output, corrections of V's centre too
     bound = spread + U * steps * (weights @ size[:, shown] + out.abs()) + 1e-37 * size.amax((-1, -2))[:, None, None]
     return out.reshape(heads, dim).numpy(), bound.reshape(heads, dim).numpy()
@@ -100,8 +184,9 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 def _score_error(q: torch.Tensor, part: Keys) -> torch.Tensor:
     dim = q.shape[-1]
-    if not part.coded:
-        return U * (dim + 4) * (q.abs() @ part.magnitude.mT)
+    if not part.rotated:
+        # Scales may be folded into the query, RoPE may be turned there or here: four roundings more at most.
+        return U * (dim + 8) * (q.abs() @ part.magnitude.mT)
     block = rotation_block(dim)
     # The rotated query is itself off by the additions of its butterflies.
     weight = (dim + 6) * hadamard(q).abs() + (log2(block) + 2) * _spread_blocks(q.abs(), block)

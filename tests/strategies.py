@@ -19,6 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from runtime import formats
+from runtime.backend import FormatData
 from runtime.plan import FP16, HIDDEN, Layout, Tier, hidden_chunks
 
 EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "120"))
@@ -60,7 +62,13 @@ def count(name: str, cells: Iterable[tuple[Any, ...]], tokens: int) -> None:
     for cell in cells:
         TRIED[name, "cell", *cell] += 1
 
-tiers = st.builds(Tier, st.sampled_from(WIDTHS), st.sampled_from(WIDTHS))
+def tiers_of(family: str) -> st.SearchStrategy[Tier]:
+    """Any widths of K and V that the family of formats has, 16 among them."""
+    widths = st.sampled_from((*formats.WIDTHS[family], 16))
+    return st.builds(Tier, widths, widths)
+
+
+tiers = tiers_of("rotated")
 real_head_dims = st.sampled_from((64, 80, 96, 128, 256))
 head_dims = st.one_of(real_head_dims, st.integers(1, 9).map(lambda i: 8 * i))
 chunk_sizes = st.one_of(st.sampled_from((8, 16, 32, 64)), st.integers(1, 32).map(lambda i: 8 * i))
@@ -90,6 +98,17 @@ def values(kind: str, seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float
     return np.clip(x, -65504, 65504).astype(np.float16)
 
 
+def format_data(seed: int, tokens: int, heads: int, head_dim: int) -> FormatData:
+    """Tables of every family as host arrays: any angles, levels and ranges, a few of the latter zero."""
+    rng = np.random.default_rng(seed)
+    angles = rng.uniform(0, 6.3, (tokens, head_dim // 2))
+    levels = [np.sort(rng.uniform(-1, 1, (2, 2**bits)), axis=1) for bits in (2, 3, 4)]
+    k, v = np.concatenate(levels, axis=1).astype(np.float32)
+    half = rng.uniform(0.5, 2.5, (heads, head_dim)) * (rng.random((heads, head_dim)) > 0.05)
+    return FormatData(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), k, v,
+                      rng.standard_normal((heads, head_dim)).astype(np.float32), half.astype(np.float32))
+
+
 @dataclass(frozen=True)
 class Case:
     """One sequence in one layer, and the token that attends to it."""
@@ -113,6 +132,18 @@ class Case:
         """Tokens up to and including the one that attends."""
         return self.layout.prompt_tokens + self.new + 1
 
+    @property
+    def flushed(self) -> int:
+        """Chunks of the tail that are packed when this token is decoded."""
+        return self.layout.flushed(self.new)
+
+    def data(self) -> FormatData | None:
+        """Host tables of the layout's formats."""
+        layout = self.layout
+        if layout.formats not in formats.PRE_ROPE:
+            return None
+        return format_data(self.seed, self.tokens, layout.n_kv_heads, layout.head_dim)
+
     def chunks(self, tier: int) -> list[int]:
         return [chunk for chunk in self.order if self.assignment[chunk] == tier]
 
@@ -126,20 +157,30 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, only: Tier | None = None) -> Case:
-    """Any mix of tiers, or `only` one tier in document order. About one in eight is longer than LONG tokens."""
+def cases(draw: st.DrawFn, only: Tier | None = None, families: tuple[str, ...] = ("rotated",),
+          flush: bool = False) -> Case:
+    """Any mix of tiers, or `only` one tier in document order. About one in eight is longer than LONG tokens.
+
+    flush: the tail may hold some chunks, and gives them up (Layout.flush) except in one case of four.
+    """
     long = draw(st.integers(0, 7)) == 5  # LONG tokens more; hypothesis draws the ends of a range too often
     head_dim = draw(st.sampled_from((8, 64, 80))) if long else draw(head_dims)
     chunk = draw(st.sampled_from((32, 64, 256))) if long else draw(chunk_sizes)
     kv_heads = 1 if long else draw(st.integers(1, 3))
     group = draw(st.integers(1, 3)) if long else draw(st.one_of(st.sampled_from((1, 3, 4, 8)), st.integers(1, 17)))
     n_chunks = draw(st.one_of(st.integers(1, 6), st.integers(0, 6))) + long * LONG // chunk
-    prefix, remainder = draw(st.integers(0, 40)), draw(st.integers(0, chunk - 1))
-    suffix, max_new = draw(st.integers(0, 40)), draw(st.integers(1, 5))
+    family, kept = draw(st.sampled_from(families)), None
+    if flush:
+        kept = draw(st.sampled_from((None, 0, 24, 128)))
+    flushes = kept is not None
+    prefix, remainder = draw(st.integers(0, 40)), draw(st.integers(0, (4 if flushes else 1) * chunk - 1))
+    suffix, max_new = draw(st.integers(0, 40)), draw(st.integers(1, 2 * chunk if flushes else 5))
     tokens = prefix + n_chunks * chunk + remainder + suffix
     window = draw(st.one_of(st.none(), st.integers(1, tokens + 8)))
     hidden = hidden_chunks(prefix, chunk, n_chunks, tokens, window) if draw(st.booleans()) else range(0)
-    chosen = [only] if only else draw(st.lists(tiers, min_size=1, max_size=4, unique=True))
+    chosen = [only] if only else draw(st.lists(tiers_of(family), min_size=1, max_size=4, unique=True))
+    if flushes and set(chosen) == {FP16}:
+        chosen.append(Tier(4, 4))  # of no chunk, perhaps: what the tail is packed at
     rng = np.random.default_rng(draw(seeds))
     assignment = [int(i) for i in rng.integers(len(chosen), size=n_chunks)]
     for i in hidden:
@@ -151,7 +192,7 @@ def cases(draw: st.DrawFn, only: Tier | None = None) -> Case:
     layout = Layout(
         n_layers=1, n_kv_heads=kv_heads, head_dim=head_dim, chunk=chunk, n_chunks=n_chunks, prefix=prefix,
         remainder=remainder, suffix=suffix, max_new=max_new, window=window, tiers=tuple(stored),
-        counts=(tuple(assignment.count(tier) for tier in range(len(stored))),))
+        counts=(tuple(assignment.count(tier) for tier in range(len(stored))),), formats=family, flush=kept)
     return Case(layout, tuple(order), tuple(assignment), group, draw(st.integers(0, max_new - 1)), draw(kinds),
                 draw(kinds), draw(st.sampled_from((0.0, 0.3, 1.0, 4.0))), draw(seeds))
 

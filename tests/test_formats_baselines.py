@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ref
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import kinds, real_head_dims, seeds, several, values
+from strategies import format_data, kinds, real_head_dims, seeds, several, values
 
 from runtime.backend import FormatData
 from runtime.formats import FAMILIES, WIDTHS, atom, block_bytes, kivi, kvquant, round_trip, turn, turn_back
@@ -87,19 +88,9 @@ def after_rope(row: Row, cos: Row, sin: Row) -> Row:
     return first + [f32(f32(row[n + i] * cos[i]) + f32(row[i] * sin[i])) for i in range(n)]
 
 
-def tables(seed: int, tokens: int, heads: int, dim: int) -> FormatData:
-    rng = np.random.default_rng(seed)
-    angles = rng.uniform(0, 6.3, (tokens, dim // 2))
-    levels = [np.sort(rng.uniform(-1, 1, (2, 2**bits)), axis=1) for bits in (2, 3, 4)]
-    k, v = np.concatenate(levels, axis=1).astype(np.float32)
-    half = rng.uniform(0.5, 2.5, (heads, dim)) * (rng.random((heads, dim)) > 0.05)
-    return FormatData(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), k, v,
-                      rng.standard_normal((heads, dim)).astype(np.float32), half.astype(np.float32))
-
-
 def case(kind: str, seed: int, chunk: int, dim: int, heads: int = 2) -> tuple[Any, FormatData]:
     """x (1, G, C, D) f16 and its tables."""
-    return values(kind, seed, (1, heads, chunk, dim)), tables(seed, chunk, heads, dim)
+    return values(kind, seed, (1, heads, chunk, dim)), format_data(seed, chunk, heads, dim)
 
 
 # Equality ------------------------------------------------------------------------------------------------------------
@@ -231,13 +222,27 @@ def test_rope_is_turned_back_and_forth(dim: int, kind: str, seed: int) -> None:
 def test_a_chunk_is_self_contained_and_finite(family: tuple[str, int], which: Any, dim: int, kind: str,
                                               seed: int) -> None:
     name, bits = family
-    x, data = values(kind, seed, (3, 2, 8, dim)), tables(seed, 24, 2, dim)
+    x, data = values(kind, seed, (3, 2, 8, dim)), format_data(seed, 24, 2, dim)
     positions = np.arange(24).reshape(3, 8)
     together = round_trip(which, x, bits, name, positions, data)
     assert together.dtype == np.float32 and np.isfinite(together).all()
     for n in range(3):
         alone = round_trip(which, x[n : n + 1], bits, name, positions[n : n + 1], data)
         assert alone.tobytes() == together[n : n + 1].tobytes()
+
+
+@several
+@given(family=FAMILY, which=st.sampled_from(("K", "V")), dim=HEAD_DIMS, kind=kinds, seed=seeds)
+def test_the_float64_reference_of_attention_reads_the_same_values(family: tuple[str, int], which: Any, dim: int,
+                                                                  kind: str, seed: int) -> None:
+    """tests/ref.py, against which kernels are measured, up to the float32 roundings of a decode."""
+    name, bits = family
+    x, data = values(kind, seed, (3, 2, 8, dim)), format_data(seed, 24, 2, dim)
+    positions = np.arange(24).reshape(3, 8)
+    stored = ref.stored(which, x, bits, name, positions, data)
+    decoded = round_trip(which, x, bits, name, positions, data).swapaxes(0, 1).reshape(2, 24, dim)
+    assert (np.abs(stored.values.numpy() - decoded) <= 4 * ref.U * stored.magnitude.numpy()).all()
+    assert (np.abs(stored.values.numpy()) <= (1 + 1e-12) * stored.magnitude.numpy()).all() and not stored.rotated
 
 
 @several
@@ -259,7 +264,7 @@ def test_kivi_errs_by_half_a_step(bits: int, which: Any, dim: int, kind: str, se
 @pytest.mark.parametrize("which", ["K", "V"])
 def test_more_bits_are_more_accurate(which: Any, family: str) -> None:
     x = values("normal", 0, (16, 2, 32, 64))
-    n, data = np.arange(16 * 32).reshape(16, 32), tables(3, 512, 2, 64)
+    n, data = np.arange(16 * 32).reshape(16, 32), format_data(3, 512, 2, 64)
     levels = np.concatenate([np.linspace(-1, 1, 2**bits, dtype=np.float32) for bits in (2, 3, 4)])
     centre, half = np.zeros((2, 64), np.float32), np.full((2, 64), 2.6, np.float32)
     data = FormatData(data.cos, data.sin, levels, levels, centre, half)
