@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,26 @@ class ProgressBar:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+class StageProgress:
+    """How far a command's stages are: a bar on a terminal, else a line on stderr now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bar = ProgressBar(shown=self._terminal)
+
+    def of(self, stage: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if self._terminal:
+                self._bar(stage, done, total)
+            elif done % max(1, total // 10) == 0:
+                print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+
+        return report
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _scoring(s: Stats) -> str:

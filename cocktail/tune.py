@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -80,6 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     _check(options)
     import cocktail
     from cocktail.policies.pairs import fingerprint
+    from cocktail.summary import StageProgress
     from cocktail.tuning import report
     from cocktail.tuning.calibration import calibrate
     from cocktail.tuning.profile import profile
@@ -99,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     study = Search(options.study or _beside(options.out, ".study"), settings, options.seed,
                    options.population or POPULATION)
 
-    progress = _Progress()
+    progress = StageProgress()
     calibration = calibrate(model, prompts, chunk=options.chunk, answer_tokens=options.answer_tokens,
                             sink=options.sink, progress=progress.of("read"))
     errors = study.profile
@@ -161,27 +162,6 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
-
-
-class _Progress:
-    """A bar on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        from cocktail.summary import ProgressBar
-
-        self._terminal = sys.stderr.isatty()
-        self._bar = ProgressBar(shown=self._terminal)
-
-    def of(self, stage: str) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            if self._terminal:
-                self._bar(stage, done, total)
-            elif done % max(1, total // 10) == 0:
-                print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
-        return report
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 if __name__ == "__main__":

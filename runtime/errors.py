@@ -26,7 +26,7 @@ class PlanError(CocktailError):
 
 
 class TuneError(CocktailError):
-    """A search for pairs of widths cannot begin or go on: its packages, settings or study file are wrong."""
+    """A search for pairs of widths or a calibration cannot begin or go on: packages, settings or files are wrong."""
 
 
 class PromptError(CocktailError):
