@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
                        "kvtuner or fp16")
     cache.add_argument("--scorer", metavar="NAME",
-                       help="bm25 (default), attention (the model's own, per layer; budget only), random, none, a "
-                       "sentence-transformers folder, or hybrid:FOLDER")
+                       help="bm25 (default), attention (the model's own, per layer; budget only), an encoder's folder, "
+                       "hybrid:FOLDER, llm-embedder:FOLDER, endpoint:MODEL, library:FOLDER, random or none")
     cache.add_argument("--kv-bits", metavar="BITS", type=_number, help="budget: mean bits per context value (3.3)")
     cache.add_argument("--kv-budget", metavar="SIZE", help="budget: bytes of the whole cache, e.g. 200MiB or 1.5GB")
     cache.add_argument("--tiers", metavar="LIST", help="budget: K and V bits, low to high, e.g. K3V2,K4V4,K8V8")

@@ -9,6 +9,10 @@ class CheckpointError(CocktailError):
     """A checkpoint is missing, damaged, unsupported or does not fit its own configuration."""
 
 
+class UnsupportedEncoder(CheckpointError):
+    """An encoder of a family, or with modules, that the project's own kernels do not have; others may run it."""
+
+
 class TokenizerError(CocktailError):
     """A tokenizer or chat template is missing, damaged or unsupported."""
 

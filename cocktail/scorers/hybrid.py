@@ -4,25 +4,25 @@ better one (exact names and numbers for the one, paraphrase for the other)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from cocktail.scorers import Scorer, Scores
+from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.bm25 import Bm25Scorer
-from cocktail.scorers.encoder import EncoderScorer
+from cocktail.scorers.embeddings import Similarity
 from runtime.errors import ScorerError
 
 
 class HybridScorer:
-    """encoder: a folder or name as for EncoderScorer, which also gets the other options."""
+    """encoder: any scorer of embeddings, such as a folder or endpoint:MODEL; it also gets the other options."""
 
-    def __init__(self, encoder: str | None = None, similarity: Any = "cosine", batch_size: int | None = None,
-                 device: str | None = None):
+    def __init__(self, encoder: str | None = None, similarity: Similarity | None = None, device: str | None = None):
         if encoder is None:
             raise ScorerError("scorer hybrid needs an encoder: a folder or a name in the local cache, as hybrid:FOLDER")
-        self._parts: tuple[Scorer, Scorer] = (Bm25Scorer(), EncoderScorer(encoder, similarity, batch_size, device))
-        self.name = f"hybrid:{encoder}"
+        given = {"similarity": similarity, "device": device}
+        meaning = load_scorer(encoder, **{name: value for name, value in given.items() if value is not None})
+        self._parts: tuple[Scorer, Scorer] = (Bm25Scorer(), meaning)
+        self.name = f"hybrid:{meaning.name}"
 
     def score(self, chunks: Sequence[str], query: str) -> Scores:
         words, meaning = (z_scores(part.score(chunks, query)) for part in self._parts)

@@ -15,6 +15,16 @@ int FN(prefill_attention)(const float *q, const uint16_t *k, const uint16_t *v, 
                           int64_t G, int64_t D, int64_t S, int64_t start, int64_t window);
 int FN(attention_mass)(const float *q, const uint16_t *k, float *out, int64_t T, int64_t H, int64_t G, int64_t D,
                        int64_t S, int64_t start, int64_t window, int64_t first, int64_t chunk, int64_t N);
+
+int FN(encoder_embed)(const int32_t *ids, const int32_t *positions, const matrix *words, const float *places, int64_t P,
+                      const float *norm, const float *norm_bias, float eps, float *out, int64_t T);
+int FN(encoder_attention)(const float *x, const matrix *wq, const matrix *wk, const matrix *wv, const float *bias,
+                          const int32_t *starts, int64_t B, int64_t H, float *out, int64_t T);
+int FN(encoder_add)(const float *h, const matrix *weight, const float *bias, const float *norm, const float *norm_bias,
+                    float eps, float *x, int64_t T);
+int FN(encoder_gelu)(const float *x, const matrix *weight, const float *bias, float *out, int64_t T);
+int FN(encoder_pool)(const float *x, const int32_t *starts, int64_t B, int64_t E, int64_t T, int32_t mean, float *out);
+
 int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
                float penalty, const int32_t *seen, int64_t n_seen, double uniform);
 

@@ -60,6 +60,7 @@ int cpu_isa(void);
 /* The pool belongs to the process. Threads, caller included, for work bound by arithmetic and for work bound by memory
  * reads, which often saturates with fewer. Results never depend on either. */
 void pool_set_threads(int compute, int memory);
+int pool_threads(void); /* for arithmetic; 0 while they have not been set */
 /* cffi: end */
 
 /* Run task(ctx, 0) .. task(ctx, n - 1) on the pool, in any order; returns when all are done. Tasks must write

@@ -10,6 +10,7 @@
 #include "qkv.h"
 #include "prefill.h"
 #include "mass.h"
+#include "encoder.h"
 #include "sample.h"
 
 #include "lanes.h"

@@ -1,4 +1,4 @@
-/* Linear layers: out = or += x @ weight.T + bias, or silu(gate) * up, reading each weight once per call.
+/* Linear layers: out = or += x @ weight.T + bias, or gelu of it, or silu(gate) * up, reading each weight once per call.
  *
  * Up to GEMV_ROWS rows take dot products along the weights' rows (bound by memory); more take a blocked product:
  * x is packed once per call into panels of MR rows, each task packs a block of weights, converted to float32, into
@@ -10,7 +10,7 @@
 #define BLOCK_COLUMNS 64      /* outputs of a task; with silu half are gate's and half are up's */
 #define BLOCK_DEPTH 1024      /* so that a block of packed weights (256 KiB) stays in the second-level cache */
 
-enum linear_mode { STORE, ADD, SILU_MUL };
+enum linear_mode { STORE, ADD, GELU, SILU_MUL };
 
 typedef struct {
     enum linear_mode mode;
@@ -39,6 +39,17 @@ INLINE int64_t panel_pitch(int64_t K) { return MR * K + (MR < VL ? VL : 0); }
 INLINE vf silu_mul(vf gate, vf up) { return gate / (vf_exp(-gate) + 1) * up; }
 
 INLINE float silu_mul_1(float gate, float up) { return silu_mul(vf_set1(gate), vf_set1(up))[0]; }
+
+/* x * Phi(x), exact to 2e-7 of |x|: with erfc(z) = t P(t) exp(-z^2), t = 1 / (1 + pz), of Abramowitz and Stegun, 7.1.26. */
+INLINE vf gelu(vf x) {
+    vf z = (vf)((vi)x & 0x7fffffff) * 0.70710678f, t = 1 / vf_fma(z, vf_set1(0.3275911f), vf_set1(1));
+    vf p = vf_fma(t, vf_set1(1.061405429f), vf_set1(-1.453152027f));
+    p = vf_fma(p, t, vf_set1(1.421413741f));
+    p = vf_fma(p, t, vf_set1(-0.284496736f));
+    p = vf_fma(p, t, vf_set1(0.254829592f));
+    vf outside = x * 0.5f * p * t * vf_exp(-z * z); /* x times the mass beyond |x|: exact where it is small */
+    return vf_select(x > 0, x - outside, outside);
+}
 
 /* y[t] = x[t] . row for t < T, T a constant. */
 INLINE void dots(const void *row, const float *x, int64_t K, const int T, const int dtype, float *y) {
@@ -70,7 +81,12 @@ INLINE void dots_typed(const void *row, const float *x, int64_t K, const int T, 
 INLINE void finish(const linear *job, float *out, int64_t n, float value, float up) {
     if (job->bias) value += job->bias[n];
     if (job->up_bias) up += job->up_bias[n];
-    *out = job->mode == STORE ? value : job->mode == ADD ? *out + value : silu_mul_1(value, up);
+    switch (job->mode) {
+    case STORE: *out = value; break;
+    case ADD: *out += value; break;
+    case GELU: *out = gelu(vf_set1(value))[0]; break;
+    case SILU_MUL: *out = silu_mul_1(value, up); break;
+    }
 }
 
 /* Outputs first..last of rows t..t+T-1, T a constant. */
@@ -121,7 +137,9 @@ static void finish_tile(const linear_call *call, const linear *job, int64_t t, i
             if (job->bias) value += vf_load(job->bias + n + v * VL);
             if (job->up_bias) up += vf_load(job->up_bias + n);
             if (job->mode == ADD) value += vf_load(out + v * VL);
-            vf_store(out + v * VL, job->mode == SILU_MUL ? silu_mul(value, up) : value);
+            else if (job->mode == GELU) value = gelu(value);
+            else if (job->mode == SILU_MUL) value = silu_mul(value, up);
+            vf_store(out + v * VL, value);
         }
     }
 }

@@ -28,7 +28,7 @@ static struct {
     _Atomic bool sleeping;
 } workers[MAX_THREADS];
 
-static _Atomic int compute_threads = 1, memory_threads = 1;
+static _Atomic int compute_threads, memory_threads; /* 0, as good as 1, until they are set */
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -99,9 +99,11 @@ void pool_set_threads(int compute, int memory) {
     atomic_store(&memory_threads, MAX(1, MIN(memory, MAX_THREADS)));
 }
 
+int pool_threads(void) { return atomic_load(&compute_threads); }
+
 static void run(void (*task)(void *, int64_t), void *ctx, int64_t n, int threads) {
     /* Alone, nothing to share, or the pool serves another caller: run here. The result is the same. */
-    if (threads == 1 || n < 2 || n > UINT32_MAX || pthread_mutex_trylock(&pool.run)) {
+    if (threads < 2 || n < 2 || n > UINT32_MAX || pthread_mutex_trylock(&pool.run)) {
         for (int64_t i = 0; i < n; i++) task(ctx, i);
         return;
     }
