@@ -201,8 +201,7 @@ class Document:
 
     def _check_layout(self, layout: Layout, query: str, max_new: int) -> None:
         shape = self.shape(query, max_new)
-        layout.check(chunk=shape.chunk, n_chunks=shape.n_chunks, prefix=shape.prefix, remainder=shape.remainder,
-                     suffix=shape.suffix)
+        layout.check(chunk=shape.chunk, prefix=shape.prefix, context_tokens=shape.context_tokens, suffix=shape.suffix)
         if max_new > layout.max_new:
             raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {layout.max_new}")
 

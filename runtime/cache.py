@@ -20,7 +20,7 @@ from runtime.backend import (
     FormatData,
 )
 from runtime.config import ModelConfig
-from runtime.errors import OutOfMemory, PlanError
+from runtime.errors import BackendError, OutOfMemory, PlanError
 from runtime.layerwise import LayerChoices
 from runtime.plan import Layout, Plan
 
@@ -55,10 +55,13 @@ class Cache:
         positions[layout.prefix :] += layout.n_chunks * layout.chunk
         start = self.sizes.tail_positions
         self.arena[start : start + positions.nbytes].view(np.int32)[:] = backend.upload(positions)
-        self.bound = tuple(
-            backend.bind(self.arena, [span for span in spans if span.n], tail, config.n_heads, config.n_kv_heads,
-                         config.head_dim, layout.chunk, config.sliding_window, flushed, data)
-            for spans, tail, flushed, data in zip(self.spans, self.tails, self.flushed, self.data, strict=True))
+        try:
+            self.bound = tuple(
+                backend.bind(self.arena, [span for span in spans if span.n], tail, config.n_heads, config.n_kv_heads,
+                             config.head_dim, layout.chunk, config.sliding_window, flushed, data)
+                for spans, tail, flushed, data in zip(self.spans, self.tails, self.flushed, self.data, strict=True))
+        except RuntimeError as error:  # a backend's KernelError
+            raise BackendError(str(error)) from error
         self.state = backend.upload(np.zeros(STATE_SIZE, np.int32))
         self.position = self.state[STATE_POSITION : STATE_POSITION + 1]
         self.slot = self.state[STATE_SLOT : STATE_SLOT + 1]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from runtime.backend import Array, Draws
 from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
+from runtime.format_data import format_data
 from runtime.layerwise import LayerChoices, LayerwisePlan, QueryAttention
 from runtime.model import Model, StepBuffers, decode_step, prefill
 from runtime.plan import Layout, Plan
@@ -108,6 +109,7 @@ class Reading:
                 begin = time.perf_counter()
                 ahead = count > 0 and backend.asynchronous  # the first id does not wait for a capture
                 while launched < min(count + 1 + ahead, max_new):
+                    target.flush(launched - 1)  # the draw decodes id launched - 1: those before it are in the tail
                     self._draws[cache]()
                     waits.append(backend.launched())
                     launched += 1
@@ -136,6 +138,7 @@ class Reading:
         target.start()
         for i, token in enumerate(answer[:-1], 1):
             backend.advance(target.state, token)
+            target.flush(i - 1)
             self._steps[cache]()
             rows[i] = backend.download(self._logits)[0]
         return rows
@@ -145,10 +148,10 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress
          tile: int | None = None) -> Reading:
     """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
 
-    The caches are allocated first: a plan that does not fit costs no prefill. A pending plan is made, on this thread,
-    when the first layer is to be packed: CUDA has been handed that whole layer by then and works on it meanwhile. (A
-    second thread would fight this one for the interpreter at every launch, and a CPU has no idle cores to win.) A
-    layerwise plan comes in every layer, in the same way.
+    The caches are allocated before the prompt is read: a plan that does not fit costs no prefill. A pending plan is
+    made, on this thread, when the first layer is to be packed: CUDA has been handed that whole layer by then and works
+    on it meanwhile. (A second thread would fight this one for the interpreter at every launch, and a CPU has no idle
+    cores to win.) A layerwise plan comes in every layer, in the same way.
     tile: tokens of one prefill step, None for the backend's own choice.
     """
     if not prompt:
@@ -157,14 +160,17 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress
     for plan in plans:
         plan.layout.check(n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
                           window=config.sliding_window, prompt_tokens=len(prompt))
-    caches = tuple(Cache(model.backend, config, plan.layout) for plan in plans)
     begin = time.perf_counter()
     try:
+        rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
+        before = time.perf_counter()
+        caches = tuple(Cache(model.backend, config, plan.layout, format_data(model.backend, config, plan.layout, rope))
+                       for plan in plans)
+        begin += time.perf_counter() - before  # allocation is no prefill, and the first one loads kernels
         watched = _watched(model, plans)
         for cache, plan in zip(caches, plans, strict=True):
             cache.assign(plan if isinstance(plan, Plan) else plan.make if isinstance(plan, PendingPlan)
                          else LayerChoices(plan, watched[_grid(plan)]))
-        rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
         logits = model.backend.empty((1, config.vocab_size), np.float32)
         for done, total in prefill(model, prompt, rope, caches, logits, tile or model.backend.prefill_tile,
                                    tuple(watched.values())):

@@ -96,6 +96,10 @@ class DocumentShape:
         _integer("prompt plus max_new", self.prompt_tokens + self.max_new, 0)
 
     @property
+    def context_tokens(self) -> int:
+        return self.n_chunks * self.chunk + self.remainder
+
+    @property
     def prompt_tokens(self) -> int:
         return self.prefix + self.n_chunks * self.chunk + self.remainder + self.suffix
 
@@ -128,10 +132,23 @@ class DocumentShape:
             raise PlanError(f"the plan does not fit this model and prompt: {'; '.join(wrong)}; make a new plan")
 
     def layout(self, tiers: Iterable[Tier], counts: Iterable[int], formats: str = "rotated",
-               flush: int | None = None) -> Layout:
+               flush: int | None = None, calibration: CalibrationFile | None = None) -> Layout:
         """A Layout in which every layer has the same counts, one per tier."""
         return Layout(**{f.name: getattr(self, f.name) for f in fields(DocumentShape)}, tiers=tuple(tiers),
-                      counts=(tuple(counts),) * self.n_layers, formats=formats, flush=flush)
+                      counts=(tuple(counts),) * self.n_layers, formats=formats, flush=flush, calibration=calibration)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFile:
+    """Which file a layout's formats read (runtime.calibration), and the digest of what it held."""
+
+    path: str
+    digest: str
+
+    def __post_init__(self) -> None:
+        for name, text in (("path", self.path), ("digest", self.digest)):
+            if not isinstance(text, str) or not text.isprintable():
+                raise PlanError(f"calibration {name} is {_show(text)}; expected one line of printable text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +166,8 @@ class Layout(DocumentShape):
     flush: None, or how many tokens of the tail stay FP16 at least: whenever it holds a whole chunk more behind the
     prefix, the oldest chunk is packed, at the lowest tier, and read from there. Such a window may reach back into the
     context, so the remainder may then be longer than a chunk: all that stays FP16 at first is in the tail.
+
+    calibration: the file that the kvquant formats read; None elsewhere.
     """
 
     tiers: tuple[Tier, ...]
@@ -156,6 +175,7 @@ class Layout(DocumentShape):
     in_place: tuple[tuple[int, ...], ...] | None = None
     formats: str = "rotated"
     flush: int | None = None
+    calibration: CalibrationFile | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,6 +205,8 @@ class Layout(DocumentShape):
             if not {tier.k_bits, tier.v_bits} <= {0, 16, *widths}:
                 raise PlanError(f"there is no {tier} in the {self.formats} formats; their widths are "
                                 f"{', '.join(map(str, widths))} and 16")
+        if self.calibration is not None and self.formats != "kvquant":
+            raise PlanError(f"the {self.formats} formats read no calibration; only kvquant does")
         if self.flush is not None:
             _integer("flush", self.flush, 0)
             if self.lowest == FP16:
@@ -312,6 +334,7 @@ class Plan:
             "in_place": self.layout.in_place is not None,
             "formats": self.layout.formats,
             "flush": self.layout.flush,
+            "calibration": None if (file := self.layout.calibration) is None else [file.path, file.digest],
         }, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -325,7 +348,7 @@ class Plan:
         if type(version) is not int or version != VERSION:
             raise PlanError(f"plan version is {_show(version)}; expected {VERSION}; make a new plan")
         _keys("plan", data, {"version", "policy", "scorer", "notes", "shape", "tiers", "assignments", "layers",
-                             "scores", "permutation", "in_place", "formats", "flush"})
+                             "scores", "permutation", "in_place", "formats", "flush", "calibration"})
         _typed(data, "shape", dict)
         _keys("plan shape", data["shape"], {f.name for f in fields(DocumentShape)})
         _integer("n_layers", data["shape"]["n_layers"], 1)
@@ -339,10 +362,14 @@ class Plan:
             counts.append(tuple(found[tier] for tier in range(len(tiers))))
         scores, permutation = data["scores"], data["permutation"]
         placed = tuple(assignments[i] for i in layers)
+        calibration = None if data["calibration"] is None else _strings(data, "calibration")
+        if calibration is not None and len(calibration) != 2:
+            raise PlanError(f"plan calibration is {_show(calibration)}; expected a path and a digest")
         return cls(
             layout=Layout(**data["shape"], tiers=tiers, counts=tuple(counts[i] for i in layers),
                           in_place=placed if _typed(data, "in_place", bool) else None,
-                          formats=_typed(data, "formats", str), flush=data["flush"]),
+                          formats=_typed(data, "formats", str), flush=data["flush"],
+                          calibration=None if calibration is None else CalibrationFile(*calibration)),
             assignment=placed, policy=data["policy"], scorer=data["scorer"],
             scores=None if scores is None else tuple(map(_float, _typed(data, "scores", list))),
             notes=tuple(_strings(data, "notes")),

@@ -31,7 +31,7 @@ def rope_tables(config: ModelConfig, prompt_tokens: int, total_tokens: int) -> t
         raise ValueError(f"expected 0 <= prompt_tokens <= total_tokens, got {prompt_tokens} and {total_tokens}")
     cos = np.empty((total_tokens, config.head_dim // 2), np.float32)
     sin = np.empty_like(cos)
-    scale = np.float32(_attention_factor(config.rope))
+    scale = np.float32(attention_factor(config.rope))
 
     def fill(start: int) -> None:
         positions = np.arange(start, min(start + _ROWS, total_tokens))
@@ -124,7 +124,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> F32:
     return frequencies
 
 
-def _attention_factor(rope: RopeConfig) -> float:
+def attention_factor(rope: RopeConfig) -> float:
     """What cos and sin are multiplied by: 1 but for yarn, where q.k grows as its context does (YaRN, section 3.4)."""
     if rope.kind != "yarn":
         return 1.0

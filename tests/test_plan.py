@@ -3,34 +3,43 @@
 import json
 from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import tiers_of
 
+from runtime.arena import ALIGNMENT, ArenaLayout
+from runtime.backend import Span
 from runtime.errors import PlanError
-from runtime.plan import FP16, HIDDEN, DocumentShape, Layout, Plan, Tier, hidden_chunks
+from runtime.formats import FAMILIES, block_bytes
+from runtime.plan import FP16, HIDDEN, CalibrationFile, DocumentShape, Layout, Plan, Tier, hidden_chunks
 
-WIDTHS = st.sampled_from([2, 3, 4, 8, 16])
-TIERS = st.one_of(st.builds(Tier, WIDTHS, WIDTHS), st.just(HIDDEN))
 LINES = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    chunk = 8 * draw(st.integers(1, 32))
-    tiers = tuple(draw(st.lists(TIERS, min_size=1, max_size=26, unique=True)))
+    chunk, family = 8 * draw(st.integers(1, 32)), draw(st.sampled_from(FAMILIES))
+    tiers = tuple(draw(st.lists(st.one_of(tiers_of(family), st.just(HIDDEN)), min_size=1, max_size=26, unique=True)))
+    flush = draw(st.none() | st.integers(0, 300)) if set(tiers) - {FP16, HIDDEN} else None
+    if flush is not None and min(tier.k_bits + tier.v_bits for tier in tiers if tier != HIDDEN) == 32:
+        flush = None
     n = draw(st.integers(0, 40))
     kinds = [tuple(draw(st.lists(st.integers(0, len(tiers) - 1), min_size=n, max_size=n)))
              for _ in range(draw(st.integers(1, 3)))]
     assignment = tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6)))
     layout = Layout(
         n_layers=len(assignment), n_kv_heads=draw(st.integers(1, 9)), head_dim=draw(st.integers(1, 256)), chunk=chunk,
-        n_chunks=n, prefix=draw(st.integers(0, 99)), remainder=draw(st.integers(0, chunk - 1)),
+        n_chunks=n, prefix=draw(st.integers(0, 99)),
+        remainder=draw(st.integers(0, chunk - 1 if flush is None else 4 * chunk)),
         suffix=draw(st.integers(0, 99)), max_new=draw(st.integers(0, 99)),
         window=draw(st.none() | st.integers(1, 5000)), tiers=tiers,
-        counts=tuple(tuple(layer.count(tier) for tier in range(len(tiers))) for layer in assignment))
+        counts=tuple(tuple(layer.count(tier) for tier in range(len(tiers))) for layer in assignment), formats=family,
+        flush=flush, calibration=draw(st.none() | st.builds(CalibrationFile, LINES, LINES)) if family == "kvquant"
+        else None)
     return Plan(layout, assignment, draw(LINES), draw(LINES),
                 draw(st.none() | st.lists(FLOATS, min_size=n, max_size=n).map(tuple)),
                 tuple(draw(st.lists(LINES, max_size=2))), draw(st.none() | st.permutations(range(n)).map(tuple)))
@@ -88,6 +97,91 @@ def test_table_shows_counts_widths_and_shares() -> None:
 def test_table_counts_match_the_assignment(plan: Plan) -> None:
     used = {tier for layer in plan.assignment for tier in layer}
     assert len(plan.table().splitlines()) == 2 + len(used) + len(plan.notes)
+
+
+@settings(deadline=None)
+@given(plans())
+def test_every_part_has_its_own_place_and_nothing_else_takes_any(plan: Plan) -> None:
+    """Of regions, positions, tails and flushed chunks; but for what brings each part to its boundary."""
+    layout, sizes, parts = plan.layout, ArenaLayout(plan.layout), []
+    padded = 0  # parts that may be followed by padding
+    for layer in range(layout.n_layers):
+        spans, flushed = sizes.spans(layer), sizes.flushed(layer)
+        room = 0 if layout.flush is None else max(
+            0, layout.remainder + layout.suffix + layout.max_new - layout.flush) // layout.chunk
+        assert (flushed.n if flushed else 0) == room
+        assert [span.n for span in spans] == [n if tier != HIDDEN else 0 for tier, n in zip(
+            layout.tiers, layout.counts[layer], strict=True)]
+        for span in (*spans, *([flushed] if flushed else [])):
+            assert span.formats == layout.formats
+            if span.n:
+                parts += owned(layout, span)
+                padded += 7
+        tail, rows = sizes.tail(layer), 2 * layout.n_kv_heads * layout.head_dim * layout.tail_capacity
+        parts += [(tail.k, rows), (tail.v, rows)]
+        padded += 2
+    parts.append((sizes.tail_positions, 4 * layout.tail_capacity))
+    occupied = sorted(part for part in parts if part[1])
+    for (begin, nbytes), (following, _) in pairwise([*occupied, (sizes.nbytes, 0)]):
+        assert begin + nbytes <= following
+    assert sizes.nbytes - sum(nbytes for _, nbytes in occupied) <= (padded + 1) * (ALIGNMENT - 1)
+    assert layout.head_dim % 2 or all(begin % 4 == 0 for begin, _ in occupied)
+
+
+def owned(layout: Layout, span: Span) -> list[tuple[int, int]]:
+    """(offset, bytes) of everything of a span."""
+    k, v = (block_bytes(kind, bits, layout.chunk, layout.head_dim, layout.formats)
+            for kind, bits in (("K", span.k_bits), ("V", span.v_bits)))
+    found = [(span.positions, 4 * span.n), (span.v_shared, v.shared * span.n)]
+    for g in range(layout.n_kv_heads):
+        found += [(offset + g * stride, nbytes * span.n) for offset, stride, nbytes in (
+            (span.k_codes, span.k_codes_stride, k.codes), (span.k_meta, span.k_meta_stride, k.meta),
+            (span.v_codes, span.v_codes_stride, v.codes), (span.v_meta, span.v_meta_stride, v.meta))]
+    return found
+
+
+@settings(deadline=None)
+@given(plans(), st.data())
+def test_part_of_a_span_is_its_chunks(plan: Plan, data: st.DataObject) -> None:
+    sizes = ArenaLayout(plan.layout)
+    spans = [span for span in (*sizes.spans(0), sizes.flushed(0)) if span is not None and span.n]
+    if not spans:
+        return
+    span = data.draw(st.sampled_from(spans))
+    first = data.draw(st.integers(0, span.n - 1))
+    n = data.draw(st.integers(1, span.n - first))
+    whole, part = owned(plan.layout, span), owned(plan.layout, sizes.part(span, first, n))
+    for (begin, nbytes), (at, taken) in zip(whole, part, strict=True):
+        if nbytes:
+            assert (at - begin, taken) == (nbytes // span.n * first, nbytes // span.n * n)
+
+
+@pytest.mark.parametrize(("flush", "expected"), [(None, [0, 0, 0]), (0, [0, 0, 1]), (9, [0, 0, 0]), (1000, [0, 0, 0])])
+def test_the_tail_gives_up_what_is_behind_its_window(flush: int | None, expected: list[int]) -> None:
+    layout = replace(small().layout, flush=flush, max_new=100)
+    assert [layout.flushed(generated) for generated in (0, 21, 22)] == expected  # 3 + 7 + 22 is one chunk
+    if flush == 9:
+        assert [layout.flushed(generated) for generated in (30, 31, 62, 63)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"formats": "nf4"}, "formats is 'nf4'; expected one of rotated, kivi, atom, kvquant"),
+    ({"formats": "atom"}, "there is no K3V2 in the atom formats; their widths are 4 and 16"),
+    ({"formats": "kvquant", "tiers": (FP16, Tier(8, 4), Tier(3, 2))}, "there is no K8V4 in the kvquant formats"),
+    ({"flush": -1}, "flush is -1"), ({"flush": True}, "flush is True"),
+    ({"flush": 8, "tiers": (FP16,), "counts": ((4,),) * 3}, "flush needs a tier below FP16"),
+    ({"calibration": CalibrationFile("a", "b")}, "the rotated formats read no calibration"),
+])
+def test_formats_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        replace(small().layout, **changes)
+
+
+def test_a_flushed_tail_may_begin_with_chunks_of_the_context() -> None:
+    layout = replace(small().layout, flush=8, remainder=3 + 32, n_chunks=3, counts=((1, 1, 1),) * 3)
+    assert layout.context_tokens == small().layout.context_tokens
+    with pytest.raises(PlanError, match="less than one chunk"):
+        replace(layout, flush=None)
 
 
 def test_token_counts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -23,8 +24,11 @@ TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ mes
             "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
 
 
-def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str | None = TEMPLATE) -> Path:
-    """Writes one self-describing safetensors file and returns its path. template None: a model without one."""
+def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str | None = TEMPLATE,
+                    **changes: Any) -> Path:
+    """Writes one self-describing safetensors file and returns its path. template None: a model without one. changes: to
+    its config.json."""
+    config = CONFIG | changes
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,9 +42,9 @@ def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str 
     rng = np.random.default_rng(0)
     tensors = {tensor: (rng.standard_normal(shape) * 0.2).astype(np.float32) if len(shape) == 2
                else np.ones(shape, np.float32)
-               for tensor, shape in tensor_shapes(ModelConfig.from_json(CONFIG)).items()}
+               for tensor, shape in tensor_shapes(ModelConfig.from_json(config)).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / name, metadata={
-        "config.json": json.dumps(CONFIG), "tokenizer.json": tokenizer.to_str(),
+        "config.json": json.dumps(config), "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(settings)})
     return folder / name
