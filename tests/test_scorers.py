@@ -1,7 +1,10 @@
 """Scorers: finite scores of the right shape, the relevant chunk first, clear errors. All without a network."""
 
 import importlib
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,3 +283,16 @@ def test_characters_split_at_a_border_are_stripped() -> None:
 def test_impossible_chunk_size_is_refused(size: int) -> None:
     with pytest.raises(PlanError, match="multiple of 8"):
         cut(Bytes(), b"text", size)
+
+
+def test_bm25_wakes_no_jax(tmp_path):
+    """bm25s would import it where it is installed, and JAX takes most of a GPU's memory when it is imported."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("print('awake')")
+    (tmp_path / "jax/lax.py").write_text("def top_k(values, n): return None")
+    script = ("from cocktail.scorers import load_scorer\nload_scorer('bm25').score(['a ship', 'b'], 'ship')\n"
+              "print('scored')\nimport jax")
+    paths = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    run = subprocess.run([sys.executable, "-c", script], env=os.environ | paths, capture_output=True, text=True,
+                         check=True)
+    assert run.stdout.split() == ["scored", "awake"]

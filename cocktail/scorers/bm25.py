@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-import bm25s
 import numpy as np
 import Stemmer
 
 from cocktail.scorers import Scores, finite_scores
 from runtime.errors import ScorerError
+
+# bm25s imports JAX where there is one, for a selection that is not used here, and JAX takes three quarters of the GPU's
+# memory at once: here bm25s finds none.
+_hidden = "jax" not in sys.modules
+if _hidden:
+    sys.modules["jax"] = None  # type: ignore[assignment]
+try:
+    import bm25s
+finally:
+    if _hidden:
+        del sys.modules["jax"]
 
 # A run of letters and digits is a word, single ones included ("phase 2"); scripts that write without spaces (kana, Han,
 # Hangul) count every character, since a whole clause would never match another.
