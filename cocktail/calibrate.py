@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.calibration import VERSION
 from runtime.errors import CocktailError, OutOfMemory, PlanError, PromptError, TuneError
+from runtime.formats import kvquant, turn_back
+from runtime.rope import attention_factor
 
 if TYPE_CHECKING:
     from cocktail.model import Model
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 
-VERSION = 1  # of the file
-WIDTHS = (2, 3, 4)
 PERCENTILES = (0.5, 99.5)
 TOKENS, LEAST_TOKENS = 8192, 256
 BINS = 4096  # of the normalised values that k-means sees, each with its mean and its weight
@@ -71,6 +72,9 @@ def calibrate(model: Model, ids: Sequence[int], progress: Callable[[int, int], N
     """The tensors of the file, from one prefill of ids; progress(steps done, in all). Raises PlanError, OutOfMemory."""
     from runtime.model import prefill
 
+    if attention_factor(model.config.rope) != 1:
+        raise PlanError(f"this model's RoPE scales what it turns ({model.config.rope.kind}), so K cannot be turned "
+                        "back to before it; kvquant and atom need that, other formats do not")
     engine, backend = model.engine, model.backend
     cos, sin = rope = engine.rope(len(ids), len(ids))
     observer: Any = _Observer(backend, backend.download(cos), backend.download(sin))
@@ -124,15 +128,10 @@ class _Observer:
     """Stands where a Cache would in prefill: measures a layer's K and V and keeps what it found, not them."""
 
     def __init__(self, backend: Backend, cos: F32, sin: F32) -> None:
-        if not np.allclose(cos * cos + sin * sin, 1, atol=1e-3):
-            raise PlanError("this model scales its position tables by an attention factor (yarn), so K cannot be "
-                            "turned back to before RoPE; kvquant and atom need that, other formats do not")
         self.tensors: dict[str, F32] = {}
         self._backend, self._cos, self._sin = backend, cos, sin
 
     def pack(self, layer: int, k: Array, v: Array) -> None:
-        from runtime.formats import turn_back
-
         before = turn_back(self._backend.download(k), self._cos, self._sin)
         values = np.asarray(self._backend.download(v))
         k_centre, k_half = channel_range(before)
@@ -141,7 +140,7 @@ class _Observer:
                   "v": _normal(values.astype(np.float32), centre[:, None], half[:, None])}
         found = {"k_centre": k_centre, "k_half": k_half}
         for kind, each in normal.items():
-            for bits in WIDTHS:
+            for bits in kvquant.WIDTHS:
                 try:
                     found[f"{kind}_levels.{bits}"] = levels(each, bits)
                 except PlanError as error:
@@ -170,7 +169,7 @@ def _run(options: argparse.Namespace) -> None:
         tensors = calibrate(model, ids, progress.of("calibrate"))
     finally:
         progress.close()
-    _save(Path(options.out), tensors, {"version": str(VERSION), "fingerprint": fingerprint(model.engine),
+    _save(Path(options.out), tensors, {"version": VERSION, "fingerprint": fingerprint(model.engine),
                                        "weighting": "none", "tokens": str(len(ids))})
     print(f"{model.config.n_layers} layers, {len(ids):,} tokens, unweighted k-means; written to {options.out}")
 

@@ -1,6 +1,7 @@
 """`python -m cocktail.calibrate kvquant`: what the file holds, what its levels are worth, what is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,15 @@ import pytest
 import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy_backend import NumpyBackend
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import cocktail
 from cocktail import calibrate
+from cocktail.model import Model
 from cocktail.policies.pairs import fingerprint
+from runtime.calibration import load_calibration
+from runtime.config import RopeConfig
 from runtime.errors import PlanError
 from runtime.formats import kvquant, turn_back
 from runtime.model import prefill
@@ -54,6 +57,7 @@ def test_the_file_holds_what_the_format_needs(written, model):
     with safe_open(written, "numpy") as file:
         assert file.metadata() == {"version": "1", "fingerprint": fingerprint(model.engine), "weighting": "none",
                                    "tokens": "700"}
+    load_calibration(written).check(config.n_layers, config.n_kv_heads, config.head_dim)
 
 
 def test_the_same_every_time(written, path):
@@ -146,9 +150,10 @@ def test_what_cannot_be_calibrated_is_named(path, tmp_path, monkeypatch, capsys)
     assert [each.name for each in tmp_path.iterdir() if each.suffix == ".part"] == []
 
 
-def test_degenerate_values_and_scaled_tables_are_refused():
+def test_degenerate_values_and_scaled_tables_are_refused(model):
     with pytest.raises(PlanError, match="1 different values for 4 levels"):
         calibrate.levels(np.zeros(50, np.float32), 2)
-    angles = np.linspace(0, 3, 40, dtype=np.float32).reshape(5, 8)
-    with pytest.raises(PlanError, match="yarn"):
-        calibrate._Observer(NumpyBackend(), 1.2 * np.cos(angles), 1.2 * np.sin(angles))
+    rope = RopeConfig(kind="yarn", theta=1e4, factor=4.0, original_max_positions=2048)
+    scaled = replace(model.engine, config=replace(model.config, rope=rope))
+    with pytest.raises(PlanError, match=r"scales what it turns \(yarn\)"):
+        calibrate.calibrate(Model(scaled, model.tokenizer, model.template), [1] * 300)
