@@ -25,7 +25,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell r
 
 # Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
 POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
-                  "no_search", "no_reorder")
+                  "no_search", "no_reorder", "bits", "residual", "formats", "calibration")
 CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
 DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
     cache = p.add_argument_group("cache (with --context)")
     cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
-                       "kvtuner or fp16")
+                       "kvtuner, kivi, atom, kvquant or fp16")
     cache.add_argument("--scorer", metavar="NAME",
                        help="bm25 (default), attention (the model's own, per layer; budget only), an encoder's folder, "
                        "hybrid:FOLDER, llm-embedder:FOLDER, endpoint:MODEL, library:FOLDER, random or none")
@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--no-search", action="store_true", help="cocktail: as many chunks of each width, at random")
     cache.add_argument("--no-reorder", action="store_true", help="cocktail: mixed widths in place, in document order")
     cache.add_argument("--tier", metavar="TIER", help="uniform: K and V bits of every chunk, e.g. K4V2")
+    cache.add_argument("--bits", metavar="B", type=_at_least(1), help="kivi, kvquant: bits of every code (4)")
+    cache.add_argument("--residual", metavar="TOKENS", type=_at_least(0), help="kivi: last tokens that stay FP16 (128)")
+    cache.add_argument("--formats", metavar="NAME", help="cocktail, uniform: what widths below 16 are: rotated "
+                       "(default), kivi (plain min-max), kvquant; uniform also atom")
+    cache.add_argument("--calibration", metavar="FILE", help="kvquant: levels and ranges of this model")
     cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail and budget: "
                        "the least of every layer")
     cache.add_argument("--pairs-bits", metavar="BITS", type=_number, help="the file's best trade-off up to so many")

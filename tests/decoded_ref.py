@@ -92,7 +92,7 @@ def _attend(q, k, v, visible):
         for head in range(len(q))])[None]
 
 
-def save_calibration(path: Path, config, seed: int = 0) -> Path:
+def save_calibration(path: Path, config, seed: int = 0, **metadata: str) -> Path:
     """A kvquant calibration of made-up ranges and levels, some outliers on either side of the ranges."""
     rng, tensors = np.random.default_rng(seed), {}
     shape = config.n_kv_heads, config.head_dim
@@ -103,5 +103,5 @@ def save_calibration(path: Path, config, seed: int = 0) -> Path:
             for bits in (2, 3, 4):
                 tensors[f"layers.{layer}.{kind}_levels.{bits}"] = np.sort(rng.uniform(-1, 1, 2**bits))
     save_file({name: x.astype(np.float32) for name, x in tensors.items()}, path,
-              metadata={"version": "1", "weighting": "none", "tokens": "0"})
+              metadata={"version": "1", "weighting": "none", "tokens": "0"} | metadata)
     return path

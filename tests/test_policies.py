@@ -103,7 +103,7 @@ def test_layout_needs_scores_only_where_said(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("best", {}, "no policy 'best'; expected one of fp16, uniform, kvtuner, cocktail, budget"),
+    ("best", {}, "no policy 'best'; expected one of fp16, uniform, kvtuner, kivi, atom, kvquant, cocktail, budget"),
     ("fp16", {"sink": 1}, "no option sink"),
     ("budget", {"alpha": 0.5}, "no option alpha"), ("cocktail", {"kv_bits": 3.3}, "no option kv_bits"),
     ("budget", {"sink": -1}, "sink"), ("cocktail", {"sink": True}, "sink"),

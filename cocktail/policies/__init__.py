@@ -3,11 +3,14 @@
     fp16      every chunk at 16 bits
     uniform   every chunk at one pair of K and V bits (cocktail.policies.uniform)
     kvtuner   every chunk at its layer's pair, from a file (cocktail.policies.pairs)
+    kivi      KIVI: plain min-max, the last tokens FP16 (cocktail.policies.baselines)
+    atom      Atom: 4 bits per token and head, K before RoPE (the same)
+    kvquant   KVQuant: non-uniform levels and kept outliers, K before RoPE (the same)
     cocktail  the paper's thresholds on the scores (cocktail.policies.thresholds)
     budget    rank the chunks, spend a number of bits or bytes (cocktail.policies.budget); the default
 
-What they share: the first `sink` chunks (default 1) stay FP16 whatever their score, and chunks that a sliding window
-hides from every decoded token are not stored (width 0), the sink included.
+What they share: the first `sink` chunks (default 1; none under the three baselines) stay FP16 whatever their score, and
+chunks that a sliding window hides from every decoded token are not stored (width 0), the sink included.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from runtime.errors import PlanError
 from runtime.plan import FP16, DocumentShape, Layout, Plan, Tier
 
 if TYPE_CHECKING:
+    from cocktail.policies.formats import Formats
     from cocktail.policies.pairs import LayerPairs
     from runtime.model import Model as Engine
 
@@ -38,6 +42,9 @@ POLICIES = {
     "fp16": ("cocktail.policies.fp16", "Fp16Policy"),
     "uniform": ("cocktail.policies.uniform", "UniformPolicy"),
     "kvtuner": ("cocktail.policies.uniform", "KVTunerPolicy"),
+    "kivi": ("cocktail.policies.baselines", "KiviPolicy"),
+    "atom": ("cocktail.policies.baselines", "AtomPolicy"),
+    "kvquant": ("cocktail.policies.baselines", "KvquantPolicy"),
     "cocktail": ("cocktail.policies.thresholds", "CocktailPolicy"),
     "budget": ("cocktail.policies.budget", "BudgetPolicy"),
 }
@@ -135,15 +142,20 @@ def labelled(name: str, **marks: object) -> str:
     return f"{name} ({', '.join(held)})" if held else name
 
 
-def layout_of(shape: DocumentShape, counts: Mapping[Tier, int], pairs: LayerPairs | None = None) -> Layout:
-    """The Layout with the tiers of `counts` that hold a chunk, in that order; the same in every layer.
+def layout_of(shape: DocumentShape, counts: Mapping[Tier, int], pairs: LayerPairs | None = None,
+              formats: Formats | None = None) -> Layout:
+    """The Layout with the tiers of `counts` that hold a chunk, in that order; the same in every layer. formats: None
+    for this project's own.
 
     With pairs, each layer lifts the tiers to its own pair, and the order is by bits, most first: in every layer a
     higher tier of `counts` comes before a lower one.
     """
     used = {tier: count for tier, count in counts.items() if count} or {FP16: 0}
+    if formats is not None:
+        formats.check_shape(shape)
+    family: dict[str, Any] = {} if formats is None else {"formats": formats.family, "calibration": formats.file}
     if pairs is None:
-        return shape.layout(used.keys(), used.values())
+        return shape.layout(used.keys(), used.values(), **family)
     pairs.check(shape)
     layers = []
     for layer in range(shape.n_layers):
@@ -152,7 +164,7 @@ def layout_of(shape: DocumentShape, counts: Mapping[Tier, int], pairs: LayerPair
             lifted[pairs.lift(tier, layer)] += count
         layers.append(lifted)
     tiers = sorted(set().union(*layers), key=lambda tier: (tier.k_bits + tier.v_bits, tier.k_bits), reverse=True)
-    return replace(shape.layout(tiers, [layers[0][tier] for tier in tiers]),
+    return replace(shape.layout(tiers, [layers[0][tier] for tier in tiers], **family),
                    counts=tuple(tuple(lifted[tier] for tier in tiers) for lifted in layers))
 
 

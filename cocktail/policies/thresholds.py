@@ -38,6 +38,7 @@ from cocktail.policies import (
     plan_of,
     sink_chunks,
 )
+from cocktail.policies.formats import Formats
 from cocktail.policies.pairs import LayerPairs, load_pairs
 from cocktail.scorers import Scores
 from runtime.errors import PlanError
@@ -55,7 +56,8 @@ class CocktailPolicy(Policy):
     """score < T_low: INT2; score > T_high: FP16; else INT4, with
     T_low = s_min + (s_max - s_min) * alpha (Eq. 2) and T_high = s_max - (s_max - s_min) * beta (Eq. 3).
 
-    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs). seed: of no_search. Raises PlanError.
+    pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs). seed: of no_search. formats, calibration: what
+    INT2 and INT4 are (cocktail.policies.formats); "kivi" is plain min-max. Raises PlanError.
     """
 
     name = "cocktail"
@@ -64,7 +66,8 @@ class CocktailPolicy(Policy):
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA, sink: int = DEFAULT_SINK,
                  pairs: str | Path | LayerPairs | None = None, pairs_bits: float | None = None,
-                 no_search: bool = False, no_reorder: bool = False, seed: int = 0):
+                 no_search: bool = False, no_reorder: bool = False, seed: int = 0, formats: str = "rotated",
+                 calibration: str | Path | None = None):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not isfinite(value) or value < 0:
                 raise PlanError(f"policy cocktail: {name} is {value}; expected a number from 0 to 1")
@@ -74,10 +77,12 @@ class CocktailPolicy(Policy):
         self.alpha, self.beta, self.sink = alpha, beta, check_sink(sink)
         self.pairs = load_pairs(pairs, pairs_bits)
         self.no_search, self.no_reorder, self.seed = no_search, no_reorder, seed
+        self.formats = Formats.load(self.name, formats, calibration)
+        self.formats.check(self.name, LOW, MIDDLE)
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
         tiers = self._tiers(shape, checked_scores(self.name, shape, scores))
-        layout = layout_of(shape, {tier: tiers.count(tier) for tier in _TIERS}, self.pairs)
+        layout = layout_of(shape, {tier: tiers.count(tier) for tier in _TIERS}, self.pairs, self.formats)
         if not self.no_reorder:
             return layout
         return plan_of(layout, indices_of(layout, tiers, self.pairs), "", "", None).without_reordering().layout
@@ -86,10 +91,12 @@ class CocktailPolicy(Policy):
         """Raises PlanError when the layout was made from other scores."""
         checked = checked_scores(self.name, layout, scores)
         chunks = indices_of(layout, self._tiers(layout, checked), self.pairs)
-        label = labelled(self.name, pairs=self.pairs, no_search=self.no_search, no_reorder=self.no_reorder)
+        label = labelled(self.name, pairs=self.pairs, no_search=self.no_search, no_reorder=self.no_reorder,
+                         **self.formats.mark)
         return plan_of(layout, chunks, label, scorer, checked)
 
     def check_model(self, engine: Engine) -> None:
+        self.formats.check_model(engine)
         if self.pairs is not None:
             self.pairs.check_model(engine)
 
