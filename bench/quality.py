@@ -1,238 +1,127 @@
-"""What a mixed cache costs in quality, against the bits it takes. `python -m bench.quality [--model PATH] [--quick]`
+"""What every method costs in quality, against the bits it takes. `python -m bench.quality [--model PATH] [--quick]`
 
-For each prompt (bench.prompts) one exact prefill fills one cache per policy. Along the reference answer (niah: the FP16
-cache's own greedy answer; copy: the sentence to repeat) every cache is teacher-forced:
+For each prompt (bench.prompts) one exact prefill fills one cache per setting (bench.quality_settings), and every cache
+is teacher-forced along the same answers (bench.quality_measure):
 
-    KL      to the FP16 cache's next-token distribution, in nats; the first token is left out: it comes from the exact
-            prefill whatever the cache, and would only flatter
-    top-1   share of tokens where both caches' best token is the same
-    niah    share of greedy answers that name the planted year; copy: share of the sentence's tokens predicted
     bpv     bits per context value, all metadata counted, from the allocated arena
+    KL      to the FP16 cache's next-token distribution, in nats, over tokens; the first token of an answer is left
+            out: it comes from the exact prefill whatever the cache, and would only flatter
+    top-1   share of tokens where both caches' best token is the same
+    tasks   share of answers of which every token is right; copy and continue: share of tokens
 
-recall: share of the needed chunks above the lowest tier. Intervals are 95% bootstrap over prompts.
+--sweep runs one of the paper's sweeps instead (bench.quality_sweeps). On a GPU several processes share it (--jobs):
+most of the time goes into launching small kernels. --samples keeps every prompt as soon as it is measured; --read
+reports on such a file, also that of a run that was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
+from bench import quality_report as report
+from bench.prompts import MAX_TOKENS, build_prompts
+from bench.quality_plots import plot_quality, plot_sweep
+from bench.quality_run import Found, Machine, append_sample, measure_all, read_samples, write_samples
+from bench.quality_settings import BITS, CONTROLS, GROUPS, RELEVANCE, Choice, Setting, main_settings
+from bench.quality_sweeps import SWEEPS, Sweep, sweep_of
+from bench.report import DEFAULT_MODEL, describe_run, emit, progress
+from runtime.checkpoint import Checkpoint
+from runtime.errors import CocktailError
+from runtime.tokenizer import Tokenizer
 
-import cocktail
-from bench.prompts import Prompt, build_prompts
-from bench.report import DEFAULT_MODEL, describe_run, emit, interval, print_table, progress, verdict
-from cocktail.scorers import Scorer, Scores, load_scorer
-from runtime.plan import FP16, HIDDEN
-
-ANSWER_TOKENS = 24  # of a niah answer
-GOAL_KL, GOAL_BPV, GOAL_RATIO = 0.03, 3.4, 2.0
-COCKTAIL_SCORERS = ("bm25", "encoder", "hybrid", "random")
-BUDGET_SCORERS = ("bm25", "encoder", "hybrid", "random", "none", "oracle")
-RATES = ("top1", "niah_literal", "niah_paraphrased", "copy", "recall_literal", "recall_paraphrased")
-RELEVANCE = ("bm25", "encoder", "hybrid")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the report. kv_bits None: no budget (fp16, cocktail)."""
-
-    policy: str
-    scorer: str = "none"
-    kv_bits: float | None = None
-
-    def __str__(self) -> str:
-        policy = self.policy if self.kv_bits is None else f"{self.policy}@{self.kv_bits:g}"
-        return policy if self.policy == "fp16" else f"{policy}/{self.scorer}"
-
-    @property
-    def options(self) -> dict[str, float]:
-        return {} if self.kv_bits is None else {"kv_bits": self.kv_bits}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt under one setting. kl, agree: per answer token but the first. recall: share of needed chunks."""
-
-    task: str
-    kind: str
-    bpv: float
-    kl: npt.NDArray[np.float64]
-    agree: npt.NDArray[np.bool_]
-    correct: float
-    recall: float
-
-
-@dataclass(frozen=True)
-class Known:
-    """A scorer whose scores are already known: scoring costs seconds, and several policies share it."""
-
-    name: str
-    scores: Scores
-
-    def score(self, chunks: Sequence[str], query: str) -> Scores:
-        return self.scores
+PROMPTS, QUICK_PROMPTS, QUICK_TOKENS = 72, 6, 1800
+QUICK_BITS = (3.3, 3.8)
+CUDA_JOBS = 8  # processes on one GPU
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    encoder, run, begin = args.encoder or _encoder_folder(), describe_run(), time.perf_counter()
-    model = cocktail.load(args.model, backend=args.backend, threads=args.threads)
-    settings = _settings(args.policies, args.kv_bits)
-    prompts = build_prompts(lambda text: len(model.tokenizer.encode(text)), args.prompts, args.seed, args.debian)
-    scorers = {"bm25": load_scorer("bm25"), "encoder": load_scorer(encoder),
-               "hybrid": load_scorer("hybrid", encoder=encoder), "none": load_scorer("none")}
-    samples: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
-    for i, prompt in enumerate(prompts):
-        found = measure(model, prompt, settings, scorers, seed=args.seed + i)
-        for setting, sample in found.items():
-            samples[setting].append(sample)
-        kls = " ".join(f"{setting}={sample.kl.mean():.3f}" for setting, sample in found.items())
-        progress(f"{i + 1}/{len(prompts)} {time.perf_counter() - begin:.0f}s {prompt.task} {prompt.kind} {kls}")
-    rows = [summarize(setting, samples[setting]) for setting in settings]
-    _print(rows, samples)
-    emit({"bench": "quality", **run, "model": str(args.model), "prompts": len(prompts), "seed": args.seed,
-          "tokens": sum(s.kl.size for s in samples[settings[0]]), "seconds": round(time.perf_counter() - begin),
-          "rows": rows, "goals": _goals(rows)}, args.json)
+    begin, run = time.perf_counter(), describe_run()
+    sweep = sweep_of(args.sweep, _relevance(args)) if args.sweep else None
+    found: dict[int, Found] = {}
+    if args.read:
+        settings, found = read_samples(args.read)
+    else:
+        settings = list(sweep.settings) if sweep else main_settings(_choice(args))
+        try:
+            _measure(args, settings, found, begin)
+        except CocktailError as error:
+            raise SystemExit(f"error: {error}") from error
+        except KeyboardInterrupt:
+            progress("interrupted")
+    if not found:
+        raise SystemExit("nothing was measured")
+    kept = [found[i] for i in sorted(found)]
+    samples = {setting: [prompt[setting.name] for prompt in kept if setting.name in prompt] for setting in settings}
+    rows = [report.summarize(setting, measured) for setting, measured in samples.items() if measured]
+    _print(rows, samples, sweep)
+    if args.plot:
+        _plot(rows, sweep, args.plot)
+    emit({"bench": "quality", **run, "model": str(args.model), "backend": args.backend, "sweep": args.sweep,
+          "prompts": len(kept), "seed": args.seed, "seconds": round(time.perf_counter() - begin), "rows": rows,
+          "goals": {} if sweep else report.goals(samples, rows)}, args.json)
 
 
-def measure(model: cocktail.Model, prompt: Prompt, settings: Sequence[Setting], scorers: Mapping[str, Scorer],
-            seed: int) -> dict[Setting, Sample]:
-    """Every setting on one prompt, from one prefill."""
-    doc = model.read(prompt.context)
-    needed = prompt.needed_chunks(doc.chunk_texts)
-    known = {name: Known(name, scorer.score(doc.chunk_texts, prompt.query)) for name, scorer in scorers.items()}
-    known["random"] = Known("random", load_scorer("random", seed=seed).score(doc.chunk_texts, prompt.query))
-    # What a scorer could reach: the needed chunks first, the others in hybrid's order.
-    hybrid = known["hybrid"].scores
-    known["oracle"] = Known("oracle", hybrid + np.isin(np.arange(doc.n_chunks), needed) * (np.ptp(hybrid) + 1))
-    forced = tuple(model.tokenizer.encode(prompt.answer)) if prompt.task == "copy" else None
-    room = ANSWER_TOKENS if forced is None else len(forced)
-    plans = {str(s): doc.plan(prompt.query, policy=s.policy, scorer=known[s.scorer], max_tokens=room, **s.options)
-             for s in settings}
-    # A forced sentence needs no answer of the model's own.
-    runs = doc.compare(prompt.query, plans, answer_ids=forced, max_tokens=room if forced is None else 1)
-    answer = np.array(runs["fp16"].ids if forced is None else forced)
-    reference = log_softmax(runs["fp16"].logits[1:])
-    samples = {}
-    for setting in settings:
-        result = runs[str(setting)]
-        logits = result.logits[1:]
-        best = logits.argmax(axis=1)
-        correct = prompt.found(result.text) if forced is None else (best == answer[1:]).mean()
-        samples[setting] = Sample(
-            prompt.task, prompt.kind, result.context_bits_per_value, divergence(reference, log_softmax(logits)),
-            best == reference.argmax(axis=1), float(correct), recall(plans[str(setting)], needed))
-    return samples
+def _measure(args: argparse.Namespace, settings: Sequence[Setting], found: dict[int, Found], begin: float) -> None:
+    """Fills `found`, prompt by prompt."""
+    with Checkpoint.open(args.model) as checkpoint:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    prompts = build_prompts(lambda text: len(tokenizer.encode(text)), args.prompts, args.seed, args.debian,
+                            args.longest)
+    if args.samples:
+        write_samples(args.samples, settings)
+    needed = {setting.scorer for setting in settings} - {"none", "attention", "random", "oracle", "anti-oracle"}
+    if needed & {"hybrid"} or {"oracle", "anti-oracle"} & {setting.scorer for setting in settings}:
+        needed |= {"bm25", "encoder"} & set(args.scorers)
+    encoders = dict(pair.split("=", 1) for pair in args.encoders)
+    if "encoder" in needed:
+        encoders["encoder"] = args.encoder or _encoder_folder()
+    machine = Machine(str(args.model), args.backend, args.threads, tuple(sorted(needed - {"hybrid"})),
+                      tuple(encoders.items()), args.seed)
+    for i, prompt in measure_all(machine, prompts, settings, args.jobs or _jobs(args.backend)):
+        found[i] = prompt
+        if args.samples:
+            append_sample(args.samples, i, prompt)
+        shown = " ".join(f"{setting.name}={sum(s.kl) / max(len(s.kl), 1):.4f}" for setting in settings[1:]
+                         if (s := prompt.get(setting.name)) is not None)
+        progress(f"{len(found)}/{len(prompts)} {time.perf_counter() - begin:.0f}s {prompts[i].kind}: {shown}")
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """(n, V) -> (n, V), in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+def _print(rows: Sequence[report.Row], samples: report.Samples, sweep: Sweep | None) -> None:
+    report.print_main(rows)
+    report.print_prompts(samples)
+    if sweep is None:
+        report.print_matched(samples, rows)
+        report.print_scorers(samples, rows)
+        print()
+        for name, goal in report.goals(samples, rows).items():
+            print(f"{name}: {goal['text']}")
 
 
-def divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """KL(p || q) in nats for each row of two log-probability tables (n, V)."""
-    return (np.exp(p) * (p - q)).sum(axis=1)
+def _plot(rows: Sequence[report.Row], sweep: Sweep | None, path: str) -> None:
+    if sweep is None:
+        plot_quality(rows, path)
+    elif sweep.lines:
+        by_name = {row["setting"]: row for row in rows}
+        plot_sweep([(name, [(x, by_name[setting]) for x, setting in line]) for name, line in sweep.lines], sweep.x,
+                   path, sweep.log)
 
 
-def recall(plan: cocktail.Plan, needed: Sequence[int]) -> float:
-    """Share of the needed chunks whose tier, in the first layer, is above the plan's lowest; the sink does not count.
-
-    NaN where nothing is needed from a whole chunk, or all chunks share one tier.
-    """
-    tiers = [plan.layout.tiers[index] for index in plan.assignment[0]]
-    ranked = sorted({t.k_bits + t.v_bits for t in tiers if t not in (HIDDEN, FP16)})
-    if not needed or not ranked:
-        return float("nan")
-    return float(np.mean([tiers[i].k_bits + tiers[i].v_bits > ranked[0] for i in needed]))
+def _choice(args: argparse.Namespace) -> Choice:
+    return Choice(tuple(group for group in args.groups if group not in args.without),
+                  tuple(args.scorers), tuple(args.kv_bits), args.pairs, args.calibration)
 
 
-def summarize(setting: Setting, samples: Sequence[Sample]) -> dict[str, Any]:
-    """One row: means, the interval of the KL, accuracies and recalls by kind of question."""
-    tokens = np.concatenate([s.kl for s in samples])
-    low, high = interval(samples, _mean_kl)
-    return {
-        "setting": str(setting), "policy": setting.policy, "scorer": setting.scorer, "kv_bits": setting.kv_bits,
-        "bpv": float(np.mean([s.bpv for s in samples])), "bpv_max": max(s.bpv for s in samples),
-        "kl": float(tokens.mean()), "kl_low": low, "kl_high": high, "kl_p99": float(np.percentile(tokens, 99)),
-        "top1": float(np.concatenate([s.agree for s in samples]).mean()),
-        "niah_literal": _mean([s.correct for s in samples if (s.task, s.kind) == ("niah", "literal")]),
-        "niah_paraphrased": _mean([s.correct for s in samples if (s.task, s.kind) == ("niah", "paraphrased")]),
-        "copy": _mean([s.correct for s in samples if s.task == "copy"]),
-        "recall_literal": _mean([s.recall for s in samples if s.kind == "literal"]),
-        "recall_paraphrased": _mean([s.recall for s in samples if s.kind == "paraphrased"]),
-    }
+def _relevance(args: argparse.Namespace) -> list[str]:
+    """The scorers that know the question, the paper's kind first."""
+    names = [name for name in args.scorers if name not in CONTROLS] + [pair.split("=", 1)[0] for pair in args.encoders]
+    return sorted(names, key=lambda name: name != "encoder")
 
 
-def _print(rows: Sequence[Mapping[str, Any]], samples: Mapping[Setting, Sequence[Sample]]) -> None:
-    print_table(
-        ["policy", "bpv", "KL (95%)", "KL p99", "top-1", "niah literal", "niah paraphrased", "copy", "recall literal",
-         "recall paraphrased"],
-        [[r["setting"], f"{r['bpv']:.2f}", f"{r['kl']:.4f} ({r['kl_low']:.4f}-{r['kl_high']:.4f})",
-          f"{r['kl_p99']:.3f}", *(f"{r[key]:.2f}" for key in RATES)] for r in rows])
-    kinds = Counter(f"{sample.task} {sample.kind}" for sample in next(iter(samples.values())))
-    print("\nprompts: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
-    print("floor: fp16, KL 0 by definition; the accuracies of its row are the model's own. A model this small, with "
-          "4-bit weights\nand D = 64, overstates what low bits cost.\n")
-    by_name = {(s.policy, s.kv_bits, s.scorer): s for s in samples}
-    for setting in samples:
-        control = by_name.get((setting.policy, setting.kv_bits, "random"))
-        if setting.scorer in RELEVANCE and control is not None:
-            pairs = list(zip(samples[control], samples[setting], strict=True))
-            low, high = interval(pairs, _ratio)
-            control_name = "chunks at the same bytes" if setting.kv_bits else "scores (their bytes differ)"
-            print(f"{setting}: {_ratio(pairs):.2f} times ({low:.2f}-{high:.2f}) closer to FP16 than random "
-                  f"{control_name}")
-    for name, goal in _goals(rows).items():
-        print(f"{name}: {goal['text']}")
-
-
-def _goals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The goals at the budget of GOAL_BPV or less, one per relevance scorer that was measured."""
-    goals: dict[str, dict[str, Any]] = {}
-    controls = {(r["policy"], r["kv_bits"]): r["kl"] for r in rows if r["scorer"] == "random"}
-    for row in rows:
-        if row["scorer"] not in RELEVANCE or row["kv_bits"] is None or row["bpv_max"] > GOAL_BPV:
-            continue
-        text = f"KL {row['kl']:.4f} at {row['bpv_max']:.2f} bpv or less, {verdict(row['kl'], GOAL_KL, at_most=True)}"
-        goal = {"kl": row["kl"], "met_kl": row["kl"] <= GOAL_KL}
-        if control := controls.get((row["policy"], row["kv_bits"])):
-            ratio = control / row["kl"]
-            goal |= {"ratio": ratio, "met_ratio": ratio >= GOAL_RATIO}
-            text += f"; {ratio:.2f} times better than random, {verdict(ratio, GOAL_RATIO)}"
-        goals[row["setting"]] = {**goal, "text": text}
-    return goals
-
-
-def _mean_kl(samples: Sequence[Sample]) -> float:
-    return float(np.concatenate([s.kl for s in samples]).mean())
-
-
-def _ratio(pairs: Sequence[tuple[Sample, Sample]]) -> float:
-    return _mean_kl([control for control, _ in pairs]) / _mean_kl([scored for _, scored in pairs])
-
-
-def _mean(values: Sequence[float]) -> float:
-    """NaN-free mean; NaN where there is nothing to average."""
-    kept = [value for value in values if not np.isnan(value)]
-    return float(np.mean(kept)) if kept else float("nan")
-
-
-def _settings(policies: Sequence[str], kv_bits: Sequence[float]) -> list[Setting]:
-    settings = [Setting("fp16")]
-    if "cocktail" in policies:
-        settings += [Setting("cocktail", scorer) for scorer in COCKTAIL_SCORERS]
-    if "budget" in policies:
-        settings += [Setting("budget", scorer, bits) for bits in kv_bits for scorer in BUDGET_SCORERS]
-    return settings
+def _jobs(backend: str) -> int:
+    return CUDA_JOBS if backend == "cuda" else 1
 
 
 def _encoder_folder() -> str:
@@ -247,17 +136,36 @@ def _encoder_folder() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").split("`")[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, cuda; several processes only with cuda")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--quick", dest="prompts", action="store_const", const=4, help="4 prompts: a look, no figures")
+    parser.add_argument("--jobs", type=int, help=f"processes; default: {CUDA_JOBS} with cuda, else 1")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--longest", type=int, default=MAX_TOKENS, metavar="TOKENS", help="of a context, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--policies", nargs="+", default=["cocktail", "budget"], choices=["cocktail", "budget"])
-    parser.add_argument("--kv-bits", nargs="+", type=float, default=[3.4, 3.75])
-    parser.add_argument("--encoder", metavar="FOLDER", help="sentence-transformers model; default: MiniLM's package")
+    parser.add_argument("--quick", action=_Quick, nargs=0, help=f"{QUICK_PROMPTS} short prompts, few settings: a look")
+    parser.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS, help="of settings; default: all")
+    parser.add_argument("--without", nargs="+", default=(), choices=GROUPS, help="groups to leave out")
+    parser.add_argument("--scorers", nargs="+", default=(*RELEVANCE, *CONTROLS), choices=(*RELEVANCE, *CONTROLS))
+    parser.add_argument("--kv-bits", nargs="+", type=float, default=BITS, help="of the budget's curve")
+    parser.add_argument("--pairs", metavar="FILE", help="for kvtuner: made by cocktail.tune")
+    parser.add_argument("--calibration", metavar="FILE", help="for kvquant: made by cocktail.calibrate")
+    parser.add_argument("--encoder", metavar="FOLDER", help="BERT encoder; default: MiniLM's package")
+    parser.add_argument("--encoders", nargs="+", default=(), metavar="NAME=FOLDER", help="more, for --sweep encoders")
+    parser.add_argument("--sweep", choices=SWEEPS, help="one of the paper's sweeps instead of the main table")
     parser.add_argument("--debian", action="store_true", help="add Debian's manuals to the text, where installed")
+    parser.add_argument("--samples", metavar="FILE", help="keep every prompt's samples here as they come")
+    parser.add_argument("--read", metavar="FILE", help="measure nothing; report on what --samples kept")
+    parser.add_argument("--plot", metavar="FILE", help="KL against bytes, or the sweep, as PNG")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
     return parser
+
+
+class _Quick(argparse.Action):
+    """What --quick stands for; later options override it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        namespace.prompts, namespace.longest, namespace.kv_bits = QUICK_PROMPTS, QUICK_TOKENS, QUICK_BITS
+        namespace.groups = [group for group in namespace.groups if group != "matched"]
 
 
 if __name__ == "__main__":

@@ -46,12 +46,13 @@ def read_buffer() -> npt.NDArray[np.int64]:
     return np.ones(READ_BYTES // 8, np.int64)
 
 
-def interval(clusters: Sequence[Any], statistic: Callable[[Sequence[Any]], float], rounds: int = 2000,
+def interval(n: int, statistic: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]], rounds: int = 2000,
              seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of statistic(clusters), redrawing whole clusters (prompts): tokens of one prompt are
-    not independent."""
-    rng = np.random.default_rng(seed)
-    draws = [statistic([clusters[i] for i in rng.integers(len(clusters), size=len(clusters))]) for _ in range(rounds)]
+    """95% bootstrap interval over n clusters, whole ones redrawn: tokens of one prompt are not independent.
+
+    statistic: (rounds, n) cluster numbers, one draw a row -> (rounds,).
+    """
+    draws = statistic(np.random.default_rng(seed).integers(n, size=(rounds, n)))
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
