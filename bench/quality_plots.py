@@ -9,12 +9,14 @@ from bench.quality_report import Row
 
 STYLE = {"uniform": ("tab:gray", "s"), "kivi": ("tab:blue", "o"), "atom": ("tab:green", "D"),
          "kvquant": ("tab:purple", "^"), "kvtuner": ("tab:brown", "v"), "cocktail": ("tab:orange", "P")}
+WIDEST = 7  # bits per value that are plotted: nobody asks which 8 bits are best
 BUDGET_STYLE = {"hybrid": "tab:red", "attention": "black"}
 
 
 def plot_quality(rows: Sequence[Row], path: str) -> None:
     """Mean KL with its interval against bits per value; the budget as a curve per scorer, the others as points."""
     figure, axes = _axes("bits per context value, all metadata counted", "KL to the FP16 cache, nats per token")
+    rows = [row for row in rows if row["bpv"] <= WIDEST]
     for scorer, colour in BUDGET_STYLE.items():
         points = sorted((r["bpv"], r["kl"], r["kl_low"], r["kl_high"]) for r in rows if r["policy"] == "budget"
                         and r["scorer"] == scorer and not r["match"] and "pairs" not in r["options"])
@@ -30,7 +32,8 @@ def plot_quality(rows: Sequence[Row], path: str) -> None:
         axes.plot(row["bpv"], row["kl"], marker, color=colour, markersize=6,
                   label=None if row["policy"] in seen else row["policy"])
         seen.add(row["policy"])
-        axes.annotate(row["setting"].removeprefix("uniform "), (row["bpv"], row["kl"]), textcoords="offset points",
+        label = row["setting"].removeprefix("uniform ").removeprefix("cocktail/")
+        axes.annotate(label, (row["bpv"], row["kl"]), textcoords="offset points",
                       xytext=(5, 3), fontsize=6, color=colour)
     _save(figure, axes, path)
 
