@@ -22,7 +22,7 @@ from cocktail.document import Document
 from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.hybrid import z_scores
 from runtime.arena import ArenaLayout
-from runtime.engine import Reading, read
+from runtime.engine import Planned, Reading, read
 from runtime.errors import CocktailError, PlanError
 from runtime.plan import FP16, HIDDEN, Plan
 from runtime.sampler import SamplingParams
@@ -63,7 +63,7 @@ def measure(model: cocktail.Model, prompt: Prompt, settings: Sequence[Setting], 
     reference = given if prompt.dictated else _greedy(model, reading)
     exact = log_softmax(force(reading, reference, 0)[1:])
     samples, scorer_of = {}, {setting.name: setting.scorer for setting in settings}
-    for i, (name, plan) in enumerate(plans.items()):
+    for i, (name, plan) in enumerate(zip(plans, reading.plans, strict=True)):
         logits = force(reading, reference, i)
         answered = logits if prompt.dictated else force(reading, given, i)
         needed = prompt.needed_chunks(documents[plan.layout.chunk].chunk_texts) if scorer_of[name] != "none" else ()
@@ -81,15 +81,18 @@ class Judges:
 
     Beside those given: "none"; "hybrid", of bm25 and encoder; "random", by the seed; "oracle", the needed chunks first
     and the others in hybrid's order (bm25's where there is no encoder): what a scorer could reach; "anti-oracle", the
-    reverse.
+    reverse. "attention" scores in the prefill.
     """
 
     def __init__(self, documents: Mapping[int, Document], prompt: Prompt, scorers: Mapping[str, Scorer], seed: int):
         self._documents, self._prompt, self._scorers, self._seed = documents, prompt, scorers, seed
         self._known: dict[tuple[str, int], Known] = {}
 
-    def get(self, name: str, chunk: int) -> Known:
+    def get(self, name: str, chunk: int) -> Known | str:
         """The scorer of that name for chunks of that size."""
+        return name if name == "attention" else self._known_one(name, chunk)
+
+    def _known_one(self, name: str, chunk: int) -> Known:
         if (name, chunk) not in self._known:
             self._known[name, chunk] = Known(name, self._score(name, chunk))
         return self._known[name, chunk]
@@ -110,7 +113,7 @@ class Judges:
         return np.array(plan.scores, np.float32)
 
     def _of(self, name: str, chunk: int) -> Scores:
-        return self.get(name, chunk).scores
+        return self._known_one(name, chunk).scores
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,9 @@ class Known:
 
 
 def make_plans(documents: Mapping[int, Document], prompt: Prompt, settings: Sequence[Setting], judges: Judges,
-               seed: int, room: int) -> dict[str, Plan]:
+               seed: int, room: int) -> dict[str, Planned]:
     """One plan per setting, by name, in the settings' order; room: tokens of an answer, at most."""
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Planned] = {}
     for setting in sorted(settings, key=lambda setting: setting.match is not None):
         options = dict(setting.options)
         if setting.match is not None:
@@ -135,7 +138,7 @@ def make_plans(documents: Mapping[int, Document], prompt: Prompt, settings: Sequ
         if "no_search" in options:
             options["seed"] = seed
         try:
-            plans[setting.name] = documents[setting.chunk].plan(
+            plans[setting.name] = documents[setting.chunk].pending(
                 prompt.query, policy=setting.policy, scorer=judges.get(setting.scorer, setting.chunk), max_tokens=room,
                 **options)
         except PlanError as error:
@@ -180,7 +183,7 @@ def recall(plan: Plan, needed: Sequence[int]) -> float:
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def _read(model: cocktail.Model, prompt: Sequence[int], plans: Mapping[str, Plan]) -> Reading:
+def _read(model: cocktail.Model, prompt: Sequence[int], plans: Mapping[str, Planned]) -> Reading:
     try:
         return read(model.engine, prompt, list(plans.values()))
     except (CocktailError, RuntimeError):

@@ -141,16 +141,17 @@ def test_judges_rank_as_their_names_say(model, context):
 
 def test_measure_gives_the_fp16_cache_no_divergence_and_the_mix_some(model, context):
     settings = [FP16, budget(3.4, "bm25"), budget(3.4, "oracle"), Setting.of("coarse", "uniform", tier="K2V2"),
-                Setting.of("chunks of 16", "budget", "oracle", chunk=16, kv_bits=4)]
+                Setting.of("chunks of 16", "budget", "oracle", chunk=16, kv_bits=4), budget(3.4, "attention")]
     for kind, lead, answer in (("literal", "The year is", " 1912"), ("copy", "The ship", " sank in 1912."),
                                ("continue", "", "and so on for some time")):
         prompt = question(context, kind, lead, answer)
         found = measure(model, prompt, settings, {"bm25": load_scorer("bm25")}, seed=0)
         assert list(found) == [setting.name for setting in settings]
-        exact, scored, oracle, coarse, small = found.values()
+        exact, scored, oracle, coarse, small, attention = found.values()
         assert not any(exact.kl) and all(exact.agree) and exact.bpv >= 16
         assert 0 < np.mean(scored.kl) < np.mean(coarse.kl) and scored.bpv <= 3.4
-        assert oracle.recall == small.recall == 1 and oracle.bpv == scored.bpv
+        assert oracle.recall == small.recall == 1 and oracle.bpv == scored.bpv == attention.bpv
+        assert 0 <= attention.recall <= 1 and attention.kl != scored.kl
         assert math.isnan(coarse.recall) and math.isnan(exact.recall), "nothing was scored"
         tokens = len(model.tokenizer.encode(lead + answer)) if prompt.dictated else ANSWER_TOKENS
         assert {len(sample.kl) for sample in found.values()} == {len(exact.agree)}
