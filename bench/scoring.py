@@ -1,4 +1,7 @@
-"""Scorers to be timed: BM25, and encoders of known sizes with random weights, whose speed is that of trained ones.
+"""Scoring time of each scorer by itself: `python -m bench.scoring`. Its share of TTFT: bench.shapes, bench.prefill.
+
+BM25, and encoders of known sizes with random weights, whose speed is that of trained ones, on our own kernels and, with
+--library, by sentence-transformers beside them.
 
 An encoder gets a WordPiece vocabulary from the very text that it scores, small enough to split words about as often
 as a trained one does, so nothing is downloaded.
@@ -6,6 +9,8 @@ as a trained one does, so nothing is downloaded.
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.prompts import build_text
+from bench.report import describe_run, emit, print_table, progress
 from cocktail.scorers import Scorer, load_scorer
 
 QUERY = "How are the attributes of a class looked up?"
@@ -22,9 +28,37 @@ ENCODERS = {  # hidden size, layers, heads
     "contriever": (768, 12, 12),  # BERT base, 110M parameters
 }
 SCORERS = ("bm25", "minilm", "hybrid", "contriever")  # hybrid: bm25 and minilm
+LIBRARY = ("library:minilm", "library:contriever")  # by sentence-transformers
 CHARACTERS = 128  # of a chunk of 32 tokens
 VOCABULARY = 8000
 EMBEDDINGS = 30522  # rows of the encoders' tables
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunks", type=int, default=1024, help="of 32 tokens (1024, which is 32K tokens)")
+    parser.add_argument("--device", help="of the encoders; default: their choice")
+    parser.add_argument("--scorers", default=",".join(SCORERS), help=f"of {','.join((*SCORERS, *LIBRARY))}")
+    parser.add_argument("--library", action="store_true", help="sentence-transformers beside our own kernels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
+    args = parser.parse_args(arguments)
+    names = [*args.scorers.split(","), *(LIBRARY if args.library else ())]
+    if unknown := sorted({*names} - {*SCORERS, *LIBRARY}):
+        parser.error(f"unknown scorers {', '.join(unknown)}; expected some of {', '.join((*SCORERS, *LIBRARY))}")
+    texts, found = chunk_texts(args.chunks), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            scorer = make_scorer(name, texts, Path(folder), args.device)
+            found[name] = scorer.name.replace(folder, ""), score_seconds(scorer, texts, args.rounds)
+            progress(f"{name}: {1e3 * found[name][1]:.1f} ms")
+    print(f"{args.chunks} chunks of 32 tokens, median of {args.rounds}")
+    print_table(("scorer", "what ran", "ms", "us a chunk"),
+                [(name, ran, f"{1e3 * seconds:.1f}", f"{1e6 * seconds / args.chunks:.0f}")
+                 for name, (ran, seconds) in found.items()])
+    emit({"bench": "scoring", "run": describe_run(), "chunks": args.chunks,
+          "seconds": {name: seconds for name, (_, seconds) in found.items()}}, args.json)
 
 
 def chunk_texts(n: int) -> list[str]:
@@ -34,14 +68,17 @@ def chunk_texts(n: int) -> list[str]:
     return [text[i * CHARACTERS : (i + 1) * CHARACTERS] for i in range(n)]
 
 
-def make_scorer(name: str, texts: Sequence[str], folder: Path) -> Scorer:
-    """One of SCORERS; an encoder's files go to `folder`, once."""
+def make_scorer(name: str, texts: Sequence[str], folder: Path, device: str | None = None) -> Scorer:
+    """One of SCORERS or LIBRARY; an encoder's files go to `folder`, once. device: of an encoder; None: its choice."""
     if name == "bm25":
         return load_scorer("bm25")
-    encoder = folder / ("minilm" if name == "hybrid" else name)
+    by, _, size = name.rpartition(":")
+    encoder = folder / ("minilm" if name == "hybrid" else size)
     if not encoder.exists():
         _save_encoder(encoder, *ENCODERS[encoder.name], texts)
-    return load_scorer(f"hybrid:{encoder}" if name == "hybrid" else str(encoder))
+    options = {} if device is None else {"device": device}
+    by = "hybrid" if name == "hybrid" else by
+    return load_scorer(f"{by}:{encoder}" if by else str(encoder), **options)
 
 
 def score_seconds(scorer: Scorer, texts: Sequence[str], rounds: int = 5) -> float:
@@ -70,3 +107,7 @@ def _save_encoder(folder: Path, hidden: int, layers: int, heads: int, texts: Seq
                         intermediate_size=4 * hidden)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         BertModel(config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -140,11 +140,14 @@ class Encoder:
         try:
             backend.check_model(self.config.n_heads, self.config.hidden_size // self.config.n_heads)
         except RuntimeError as error:
-            raise BackendError(f"the encoder kernels cannot run this model: {error}") from error
+            raise UnsupportedEncoder(f"the kernels cannot run this model: {error}") from error
         try:
-            self._load(_Reader(SafetensorsFile(folder / "model.safetensors")))
+            with backend.beside():
+                self._load(_Reader(SafetensorsFile(folder / "model.safetensors")))
         except MemoryError as error:
             raise OutOfMemory(f"the encoder's weights do not fit: {error}") from error
+        except RuntimeError as error:  # a kernel error: of a value, or of a library that is missing
+            raise BackendError(f"the encoder cannot be loaded: {error}") from error
 
     def embed(self, sequences: Iterable[Sequence[int]], pooling: Pooling) -> Iterator[Array]:
         """(B, E) float32 per batch of sequences, in order, in the backend's memory; work may go on until it is
@@ -158,8 +161,11 @@ class Encoder:
         if min(lengths) < 1 or max(lengths) > config.max_positions:
             raise CheckpointError(f"sequences of {min(lengths)} to {max(lengths)} ids; this encoder takes 1 to "
                                   f"{config.max_positions}")
-        starts = backend.upload(np.cumsum([0, *lengths], dtype=np.int32))
-        ids = backend.upload(np.concatenate([np.asarray(ids, np.int32) for ids in batch]))
+        packed = np.concatenate([np.asarray(ids, np.int32) for ids in batch])
+        if packed.min() < 0 or packed.max() >= config.vocab_size:
+            raise CheckpointError(f"ids of {packed.min()} to {packed.max()}; this encoder's vocabulary has "
+                                  f"{config.vocab_size}: the tokenizer does not belong to it")
+        ids, starts = backend.upload(packed), backend.upload(np.cumsum([0, *lengths], dtype=np.int32))
         positions = backend.upload(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]))
         T = sum(lengths)
         x, attended = backend.rows(T, config.hidden_size), backend.rows(T, config.hidden_size)
@@ -203,9 +209,9 @@ class Encoder:
 
 
 def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None) -> EncoderBackend:
-    """The kernels of that device; None: CUDA where CuPy and a GPU are there, else the CPU. Raises BackendError."""
-    if device not in ("cpu", "cuda", None):
-        raise BackendError(f"unknown device {device!r} for an encoder; expected cpu or cuda")
+    """The kernels of that device, which is the CPU so far. Raises BackendError."""
+    if device not in ("cpu", None):
+        raise BackendError(f"encoders run on the CPU's kernels, not on {device!r}; library:FOLDER runs them on a GPU")
     try:
         from kernels_c.errors import KernelError
     except ImportError as error:

@@ -13,16 +13,15 @@ from cocktail.scorers import SCORERS
 from cocktail.scorers.embeddings import EmbeddingScorer, Similarity
 from cocktail.scorers.folder import EncoderFolder, encoder_path
 from runtime.encoder import Encoder, Pooling, load_encoder_backend
-from runtime.errors import CocktailError, ScorerError, UnsupportedEncoder
+from runtime.errors import CheckpointError, CocktailError, ScorerError, UnsupportedEncoder
 
 
 class EncoderScorer(EmbeddingScorer):
     """A folder, or a name that is already in the local Hugging Face cache: nothing is ever downloaded.
 
     Pooling, normalisation and prompts are the folder's own; pooling and the prefixes before every query and every
-    passage can be given instead. device: "cpu" or "cuda"; None is CUDA where CuPy and a GPU are there, on a stream of
-    high priority beside the prefill's. The name says which kernels run. What they refuse, sentence-transformers may
-    run: cocktail.scorers.library.
+    passage can be given instead. device: "cpu", which None means too: the kernels are C, whatever runs the prefill.
+    The name says which kernels run. What they refuse, sentence-transformers may run: cocktail.scorers.library.
     """
 
     def __init__(self, model: str, similarity: Similarity = "cosine", device: Literal["cpu", "cuda"] | None = None,
@@ -50,8 +49,8 @@ class EncoderScorer(EmbeddingScorer):
                 # On a GPU the next texts are tokenized while these are embedded: nothing is waited for until the end.
                 batches = list(self._encoder.embed(ids, self._folder.pooling))
                 rows = np.concatenate([self._backend.download(batch) for batch in batches])
-        except MemoryError as error:
-            raise ScorerError(f"encoder {self.name}: {error}; or give EncoderScorer device='cpu'") from error
+        except (CheckpointError, MemoryError, RuntimeError) as error:  # RuntimeError: whatever a GPU's library raises
+            raise ScorerError(f"encoder {self.name}: {error}; device='cpu' or another encoder may do") from error
         if self._folder.normalize:
             rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return rows
