@@ -21,6 +21,7 @@ class Buffer(np.ndarray[Any, Any]):
     """An ndarray that remembers its pointer. A slice is a Buffer of its own and looks its pointer up again."""
 
     _known: tuple[tuple[int, ...], np.dtype[Any], Any]
+    turns: tuple[Any, int, int, Buffer]  # made of a table of cosines and of sines, chunk and first position (cache_ops)
 
 
 def allocate(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:

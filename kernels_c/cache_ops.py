@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels_c.arrays import F16, F32, I32, Buffer, check, pointer
+from kernels_c.arrays import F16, F32, I32, NULL, Buffer, allocate, check, pointer
 from kernels_c.errors import KernelError
 from kernels_c.isa import ffi, lib, operation
 
 _OPERATIONS = ("pack", "decode_attention")
 _STATE = (8,)
 _NO_WINDOW = 2**31 - 1
+_WIDTHS = {"rotated": (2, 3, 4, 8), "kivi": (2, 3, 4, 8), "atom": (4,), "kvquant": (2, 3, 4)}  # besides 16
+_PRE_ROPE = ("atom", "kvquant")  # store K as it was before RoPE
+_LEVELS = 4 + 8 + 16  # of kvquant's widths
+_VECTOR = 16  # lanes of the widest vectors
 
 
 class Bound:
@@ -44,24 +48,32 @@ class CacheOps:
         return {name: f"{name}_{self.isa}" for name in _OPERATIONS}
 
     def pack(self, k: Buffer, v: Buffer, arena: Buffer, span: Any, starts: npt.NDArray[np.int32], chunk: int,
-             positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:
+             positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:  # fmt: skip
         """Encode the chunks that begin at rows `starts` (n,) of k, v (G, S, D) f16 into the span, in that order.
 
-        Codes and scales equal runtime.formats bit for bit. Writes the span's positions (= starts).
+        Codes and scales equal runtime.formats bit for bit. positions (n,), if not the rows, are what the span's positions
+        say and what K is turned back by; data: runtime.backend.FormatData, for families that need it.
         """
         G, S, D = k.shape
         _check_sizes(D, chunk)
-        _check_formats("pack", [span], positions, data)
         starts = np.ascontiguousarray(starts, np.int32)
-        if len(starts) != span.n:
-            raise KernelError(f"pack: starts has {len(starts)} entries, but the span holds {span.n} chunks")
+        positions = starts if positions is None else np.ascontiguousarray(positions, np.int32)
+        if not len(starts) == len(positions) == span.n:
+            raise KernelError(f"pack: starts has {len(starts)} entries and positions {len(positions)}, but the span holds "
+                              f"{span.n} chunks")
         if span.n == 0:
             return
         if starts.min() < 0 or starts.max() > S - chunk:
             raise KernelError(f"pack: chunks of {chunk} begin at rows {starts.min()} to {starts.max()} of {S}")
         record = ffi.new("span *", _span(arena, span, G, D, chunk))
+        formats, _alive = _format_data([span], data, G, D)
+        if span.formats in _PRE_ROPE and span.k_bits < 16:
+            if positions.min() < 0 or positions.max() > formats.P - chunk:
+                raise KernelError(f"pack: chunks of {chunk} begin at positions {positions.min()} to {positions.max()}, but "
+                                  f"cos and sin have {formats.P} rows")
         args = pointer("k", k, (G, S, D), F16), pointer("v", v, (G, S, D), F16), record
-        check(self._pack(*args, pointer("starts", starts, (span.n,), I32), S, G, D, chunk), "pack")
+        rows = pointer("starts", starts, (span.n,), I32), pointer("positions", positions, (span.n,), I32)
+        check(self._pack(*args, *rows, formats, S, G, D, chunk), "pack")
 
     def copy_tail(self, k: Buffer, v: Buffer, rows: npt.NDArray[np.int32], arena: Buffer, tail: Any, slot: int) -> None:
         """Copy rows (m,) of k, v (G, S, D) f16 to tail slots slot..slot+m-1 and write their positions (= rows)."""
@@ -81,7 +93,6 @@ class CacheOps:
     def bind(self, arena: Buffer, spans: Sequence[Any], tail: Any, heads: int, kv_heads: int, head_dim: int, chunk: int,
              window: int | None, flushed: Any = None, data: Any = None) -> Bound:  # fmt: skip
         """Everything decode attention needs of one layer's cache, resolved and checked once."""
-        _check_formats("bind", spans, flushed, data)
         _check_sizes(head_dim, chunk)
         if heads % kv_heads:
             raise KernelError(f"bind: {heads} query heads are no multiple of {kv_heads} KV heads")
@@ -89,16 +100,21 @@ class CacheOps:
             raise KernelError(f"bind: window is {window}; expected at least 1, or None")
         if not 0 <= tail.head <= tail.capacity:
             raise KernelError(f"bind: the tail's head is {tail.head} of {tail.capacity} slots")
-        records = ffi.new("span[]", [_span(arena, span, kv_heads, head_dim, chunk) for span in spans if span.n])
+        stored = [span for span in spans if span.n]
+        records = ffi.new("span[]", [_span(arena, span, kv_heads, head_dim, chunk) for span in stored])
+        last = NULL if flushed is None else ffi.new("span *", _span(arena, flushed, kv_heads, head_dim, chunk))
+        formats, alive = _format_data(stored if flushed is None else [*stored, flushed], data, kv_heads, head_dim,
+                                      (chunk, tail.head % chunk))  # fmt: skip
         half, positions = 2 * kv_heads * tail.capacity * head_dim, 4 * tail.capacity
         record = ffi.new("cache *", {
-            "spans": records, "n_spans": len(records), "capacity": tail.capacity, "head": tail.head,
+            "spans": records, "n_spans": len(records), "flushed": last, "data": formats,
+            "capacity": tail.capacity, "head": tail.head,
             "tail_k": ffi.cast("uint16_t *", _address(arena, "tail K", tail.k, half)),
             "tail_v": ffi.cast("uint16_t *", _address(arena, "tail V", tail.v, half)),
             "tail_positions": ffi.cast("int32_t *", _address(arena, "tail positions", tail.positions, positions)),
             "H": heads, "G": kv_heads, "D": head_dim, "C": chunk, "window": _NO_WINDOW if window is None else window,
         })  # fmt: skip
-        return Bound(record, heads, head_dim, (arena, records))
+        return Bound(record, heads, head_dim, (arena, records, last, formats, alive))
 
     def bind_batch(self, bounds: Sequence[Bound]) -> tuple[Bound, ...]:
         """One layer of several sequences for one call of decode_attention, which takes them in turn."""
@@ -127,13 +143,6 @@ class CacheOps:
         check(status, "decode_attention")
 
 
-def _check_formats(operation: str, spans: Sequence[Any], *extra: Any) -> None:
-    formats = {span.formats for span in spans} - {"rotated"}
-    if formats or any(argument is not None for argument in extra):
-        raise KernelError(f"{operation}: the CPU kernels take rotated formats and a tail that is never packed, but "
-                          f"these are {', '.join(formats) or 'rotated with more'}; leave --formats and flush out")
-
-
 def _check_sizes(head_dim: int, chunk: int) -> None:
     for name, size, limit in (("head_dim", head_dim, lib.MAX_HEAD_DIM), ("chunk", chunk, lib.MAX_CHUNK)):
         if size % 8 or not 8 <= size <= limit:
@@ -143,33 +152,100 @@ def _check_sizes(head_dim: int, chunk: int) -> None:
 def _span(arena: Buffer, span: Any, kv_heads: int, head_dim: int, chunk: int) -> dict[str, Any]:
     """The C record of a span; raises KernelError if a kernel could not read it or it leaves the arena."""
 
-    def region(kind: str, bits: int, codes: int, codes_stride: int, meta: int, meta_stride: int) -> dict[str, Any]:
-        codes_bytes, meta_bytes = _block_bytes(kind, bits, chunk, head_dim)
-        begins = {"codes": (codes, codes_stride, codes_bytes), "meta": (meta, meta_stride, meta_bytes)}
-        record: dict[str, Any] = {"bits": bits}
+    def region(kind: str, bits: int, codes: int, codes_stride: int, meta: int, meta_stride: int,
+               shared: int) -> dict[str, Any]:  # fmt: skip
+        codes_bytes, meta_bytes, shared_bytes = _block_bytes(kind, bits, chunk, head_dim, span.formats)
+        begins = {"codes": (codes, codes_stride, codes_bytes), "meta": (meta, meta_stride, meta_bytes),
+                  "shared": (shared, 0, shared_bytes)}  # fmt: skip
+        family = lib.HALF if bits == 16 else getattr(lib, span.formats.upper())
+        record: dict[str, Any] = {"bits": bits, "family": family}
         for part, (offset, stride, nbytes) in begins.items():
             what = f"{kind}{bits} {part}"
             record |= {part: _address(arena, what, offset, (kv_heads - 1) * stride + span.n * nbytes),
-                       f"{part}_stride": stride, f"{part}_bytes": nbytes}  # fmt: skip
+                       f"{part}_bytes": nbytes}  # fmt: skip
+            if part != "shared":
+                record[f"{part}_stride"] = stride
         return record
 
     positions = _address(arena, "chunk positions", span.positions, 4 * span.n)
     return {
         "n": span.n, "positions": ffi.cast("int32_t *", positions),
-        "k": region("K", span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride),
-        "v": region("V", span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride),
+        "k": region("K", span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride, 0),
+        "v": region("V", span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride,
+                    span.v_shared),
     }  # fmt: skip
 
 
-def _block_bytes(kind: str, bits: int, chunk: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of one chunk's codes and metadata for one KV head: the same numbers as runtime.formats.block_bytes."""
+def _block_bytes(kind: str, bits: int, chunk: int, head_dim: int, formats: str) -> tuple[int, int, int]:
+    """Bytes of one chunk's codes and metadata for one KV head, and of what all heads share: the same numbers as
+    runtime.formats.block_bytes."""
     if bits == 16:
-        return 2 * chunk * head_dim, 0
-    if bits not in (2, 3, 4, 8):
-        raise KernelError(f"no kernel for {kind} at {bits} bits; expected 2, 3, 4, 8 or 16")
-    if kind == "K":
-        return 4 * chunk * -(-head_dim * bits // 32), 2 * head_dim + 4
-    return 4 * head_dim * -(-chunk * bits // 32), 2 * chunk
+        return 2 * chunk * head_dim, 0, 0
+    if formats not in _WIDTHS:
+        raise KernelError(f"no kernel for {formats} formats; expected {', '.join(_WIDTHS)}")
+    if bits not in _WIDTHS[formats]:
+        raise KernelError(f"no kernel for {kind} at {bits} bits in {formats} formats; expected one of "
+                          f"{', '.join(map(str, _WIDTHS[formats]))}, 16")  # fmt: skip
+    is_k = kind == "K"
+    streams, length = (chunk, head_dim) if is_k else (head_dim, chunk)
+    codes = 4 * streams * -(-length * bits // 32)
+    if formats == "rotated":
+        return codes, 2 * head_dim + 4 if is_k else 2 * chunk, 0
+    if formats == "kivi":
+        return codes, 4 * head_dim if is_k else 4 * chunk * -(-head_dim // lib.KIVI_GROUP), 0
+    if formats == "atom":
+        return codes, 4 * chunk, 0
+    return codes, 4 + 4 * -(-chunk * head_dim // 80), 0 if is_k else 4 * chunk
+
+
+def _format_data(spans: Sequence[Any], data: Any, kv_heads: int, head_dim: int,
+                 turned: tuple[int, int] | None = None) -> tuple[Any, Any]:  # fmt: skip
+    """The C record of what the spans' families need (NULL if nothing), and what to keep alive as long as it.
+
+    turned: the chunk size and the first chunk's least position, for decode attention.
+    """
+    needed: dict[str, tuple[int, ...]] = {}
+    tables = {span.formats for span in spans if span.k_bits < 16} & set(_PRE_ROPE)
+    if tables:
+        rows = len(data.cos) if data is not None and data.cos is not None else 0
+        needed |= {name: (rows, head_dim // 2) for name in ("cos", "sin")}
+    for kind in "kv":
+        if any(span.formats == "kvquant" and getattr(span, f"{kind}_bits") < 16 for span in spans):
+            needed[f"{kind}_levels"] = (_LEVELS,)
+            if kind == "k":
+                needed |= {name: (kv_heads, head_dim) for name in ("k_centre", "k_half")}
+    if not needed:
+        return NULL, None
+    missing = [name for name in needed if getattr(data, name, None) is None]
+    if missing:
+        families = ", ".join(sorted({span.formats for span in spans}))
+        raise KernelError(f"{families} formats need {', '.join(missing)} of the layer's FormatData")
+    fields = {name: pointer(name, getattr(data, name), shape, F32) for name, shape in needed.items()}
+    turns = None
+    if tables:
+        fields["P"] = len(data.cos)
+    if tables and turned is not None:
+        turns = _turns(data.cos, data.sin, *turned)
+        fields |= {"turns": pointer("turns", turns, turns.shape, F32), "tiles": len(turns), "row": turns.shape[-1],
+                   "first": turned[1]}  # fmt: skip
+    return ffi.new("format_data *", fields), (data, turns)
+
+
+def _turns(cos: Buffer, sin: Buffer, chunk: int, first: int) -> Buffer:
+    """Cosines and sines (P, D/2) as decode attention reads them, (tiles, D/2, 2, row): tile i holds the `chunk` positions
+    from first + i * chunk on, side by side. Made once for all layers of a run."""
+    known = getattr(cos, "turns", None)
+    if known is not None and known[0] is sin and known[1:3] == (chunk, first):
+        return known[3]  # type: ignore[no-any-return]
+    tiles, half, row = max(0, len(cos) - first) // chunk, cos.shape[1], -(-chunk // _VECTOR) * _VECTOR
+    turns = allocate((tiles, half, 2, row), F32)
+    turns[..., chunk:] = 0
+    for i, table in enumerate((cos, sin)):
+        whole = np.asarray(table)[first : first + tiles * chunk].reshape(tiles, chunk, half)
+        turns[:, :, i, :chunk] = whole.swapaxes(1, 2)
+    if isinstance(cos, Buffer):
+        cos.turns = sin, chunk, first, turns
+    return turns
 
 
 def _address(arena: Buffer, what: str, offset: int, nbytes: int) -> Any:

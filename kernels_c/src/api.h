@@ -28,6 +28,6 @@ int FN(encoder_pool)(const float *x, const int32_t *starts, int64_t B, int64_t E
 int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k, float top_p, float min_p,
                float penalty, const int32_t *seen, int64_t n_seen, double uniform);
 
-int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, int64_t S, int64_t G,
-             int64_t D, int64_t C);
+int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, const int32_t *positions,
+             const format_data *data, int64_t S, int64_t G, int64_t D, int64_t C);
 int FN(decode_attention)(const float *q, const cache *c, const int32_t *state, float *out);

@@ -32,11 +32,18 @@ typedef struct {
 /* Both are multiples of 8. */
 enum limits { MAX_CHUNK = 256, MAX_HEAD_DIM = 256 };
 
+/* Channels of V that share a scale in the kivi formats. */
+enum { KIVI_GROUP = 32 };
+
+/* How a region's blocks are stored: FP16, or the family of its width (runtime.formats). */
+enum family { HALF, ROTATED, KIVI, ATOM, KVQUANT };
+
 /* K or V of a span (runtime.backend.Span): chunk c of KV head g is at codes + g * codes_stride + c * codes_bytes. */
 typedef struct {
     uint8_t *codes, *meta;
-    int64_t codes_stride, meta_stride, codes_bytes, meta_bytes;
-    int32_t bits;
+    uint8_t *shared; /* of all KV heads; chunk c's is at shared + c * shared_bytes */
+    int64_t codes_stride, meta_stride, codes_bytes, meta_bytes, shared_bytes;
+    int32_t bits, family;
 } region;
 
 typedef struct {
@@ -45,9 +52,20 @@ typedef struct {
     int64_t n;
 } span;
 
-/* One layer's cache as decode attention reads it; tail_k, tail_v FP16 (G, capacity, D). */
+/* What formats take from outside the cache (runtime.backend.FormatData); NULL where no family of the cache asks. */
 typedef struct {
-    const span *spans;
+    const float *cos, *sin;           /* (P, D / 2): ATOM and KVQUANT keep K as it is before RoPE */
+    const float *turns;               /* (tiles, D / 2, 2, row): the same, in decode attention's order (decoded.h) */
+    const float *k_levels, *v_levels; /* (28,): of 2, 3 and 4 bits */
+    const float *k_centre, *k_half;   /* (G, D) */
+    int64_t P, tiles, first, row;     /* tile i: positions first + i * C on, `row` tokens of which C count */
+} format_data;
+
+/* One layer's cache as decode attention reads it; tail_k, tail_v FP16 (G, capacity, D). The flushed span holds chunks that
+ * were in the tail from slot `head` on: as many of each as state[4] says are read there and no longer here. */
+typedef struct {
+    const span *spans, *flushed;
+    const format_data *data;
     uint16_t *tail_k, *tail_v;
     int32_t *tail_positions;
     int64_t n_spans, capacity, head, H, G, D, C;

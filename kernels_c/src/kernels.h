@@ -14,6 +14,11 @@
 #include "sample.h"
 
 #include "lanes.h"
+#include "streams.h"
+#include "rotated.h"
+#include "baselines.h"
 #include "pack.h"
 #include "kv.h"
+#include "coded.h"
+#include "decoded.h"
 #include "decode.h"

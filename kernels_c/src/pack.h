@@ -1,211 +1,70 @@
-/* Packing FP16 chunks of K and V. The bits are those of runtime/formats: every float operation below happens there
- * in the same order, one rounding each (the build forbids contraction). Lanes are channels.
- *
- * A K block's codes are words[ceil(D * bits / 32)][C] of uint32: a token's D codes are one little-endian bit stream,
- * and word w of token t is words[w][t]. Then u8 scales[D], i8 zeros[D], bf16 bases[2] as metadata.
- * A V block's codes are words[ceil(C * bits / 32)][D]: a channel's C codes are one stream. Then bf16 scales[C].
- * At 16 bits a block is the FP16 (C, D) itself.
- *
- * Rows of y hold P floats, D rounded up to whole vectors; what lies beyond D is zero. */
-
-static const float K_CLIP[] = {1.0f, 0.85f, 0.7f};
-static const float V_CLIP[] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f, 0.4f};
-
-INLINE vf clip(vf x, float low, float high) { return vf_min(vf_max(x, vf_set1(low)), vf_set1(high)); }
-INLINE vf vf_ceil(vf x) { vf r = vf_round(x); return r + (vf)((vi)vf_set1(1) & (r < x)); }
-INLINE vf vf_floor(vf x) { vf r = vf_round(x); return r - (vf)((vi)vf_set1(1) & (r > x)); }
-INLINE vf inverse_or_zero(vf s) { return vf_select(s > 0, 1 / s, vf_set1(0)); }
-
-/* The bits of the least BF16 not below x, for x >= 0. */
-INLINE uint16_t bf16_up(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0xffff) >> 16;
-}
-
-/* y (C, P) = formats.rotate(x). */
-static void rotate_rows(const uint16_t *x, int64_t C, int64_t D, int64_t P, float *y) {
-    vf share = vf_set1(1.0f / rotation_block(D));
-    for (int64_t t = 0; t < C; t++, x += D, y += P) {
-        for (int64_t i = 0; i < P; i += VL) {
-            uint16_t lanes[VL] = {0};
-            if (i + VL > D) memcpy(lanes, x + i, 2 * (D - i));
-            vf_store(y + i, vf_from_half(vh_load(i + VL > D ? lanes : x + i)));
-        }
-        hadamard(y, P, rotation_block(D));
-        for (int64_t i = 0; i < P; i += VL) vf_store(y + i, vf_load(y + i) * share);
-    }
-}
-
-INLINE vf quantize_k(vf y, vf zero, vf inverse, float top) {
-    return vf_round(clip((y - zero) * inverse, 0, top)); /* clipping first is the same: both limits are integers */
-}
-
-/* scale and zero of VL channels over the tokens of y (C, P), before they are rounded to 8 bits. */
-static void fit_k(const float *y, int64_t C, int64_t P, int bits, float *scale, float *zero) {
-    float top = (1 << bits) - 1;
-    vf low = vf_load(y), high = low, total = low;
-    for (int64_t t = 1; t < C; t++) {
-        vf a = vf_load(y + t * P);
-        low = vf_min(low, a), high = vf_max(high, a), total = total + a;
-    }
-    vf middle = (low + high) * 0.5f, half = (high - low) * 0.5f, tokens = vf_set1(C), mean = total / tokens;
-    if (bits == 8) {
-        vf_store(scale, half * (2 / top));
-        vf_store(zero, middle - half);
-        return;
-    }
-    vf best = vf_set1(INFINITY), best_scale = middle, best_zero = middle;
-    for (int attempt = 0; attempt < 3; attempt++) {
-        vf limit = half * K_CLIP[attempt], s = limit * (2 / top), z = middle - limit;
-        vf inverse = inverse_or_zero(s), codes = quantize_k(vf_load(y), z, inverse, top);
-        for (int64_t t = 1; t < C; t++) codes = codes + quantize_k(vf_load(y + t * P), z, inverse, top);
-        vf code_mean = codes / tokens, covariance = vf_set1(0), variance = covariance;
-        for (int64_t t = 0; t < C; t++) {
-            vf a = vf_load(y + t * P), deviation = quantize_k(a, z, inverse, top) - code_mean;
-            covariance = covariance + deviation * (a - mean);
-            variance = variance + deviation * deviation;
-        }
-        s = vf_select(variance > 0, covariance / variance, s);
-        z = mean - s * code_mean;
-        inverse = inverse_or_zero(s);
-        vf error = vf_set1(0);
-        for (int64_t t = 0; t < C; t++) {
-            vf a = vf_load(y + t * P), e = a - (quantize_k(a, z, inverse, top) * s + z);
-            error = error + e * e;
-        }
-        vi better = error < best;
-        best = vf_select(better, error, best);
-        best_scale = vf_select(better, s, best_scale), best_zero = vf_select(better, z, best_zero);
-    }
-    vf_store(scale, best_scale);
-    vf_store(zero, best_zero);
-}
-
-/* The low `bits` of each of eight bytes, moved together: 8 * bits bits. */
-INLINE uint64_t squeeze(uint64_t x, int bits) {
-    if (bits == 8) return x;
-    x = (x | x >> (8 - bits)) & ((UINT64_C(1) << 2 * bits) - 1) * UINT64_C(0x0001000100010001);
-    x = (x | x >> (16 - 2 * bits)) & ((UINT64_C(1) << 4 * bits) - 1) * UINT64_C(0x0000000100000001);
-    return (x | x >> (32 - 4 * bits)) & ((UINT64_C(1) << 8 * bits) - 1);
-}
-
-static void encode_k(const float *y, int bits, int64_t C, int64_t D, int64_t P, uint8_t *words, uint8_t *meta) {
-    float top = (1 << bits) - 1, centre = top * 0.5f;
-    float scale[MAX_HEAD_DIM], zero[MAX_HEAD_DIM], inverse[MAX_HEAD_DIM];
-    for (int64_t i = 0; i < P; i += VL) fit_k(y + i, C, P, bits, scale + i, zero + i);
-
-    float largest = -INFINITY;
-    for (int64_t d = 0; d < D; d++) largest = MAX(largest, scale[d]);
-    uint16_t bases[2] = {bf16_up(largest)};
-    float step = bf16_value(bases[0]) / 255;
-    largest = 0;
-    for (int64_t i = 0; i < P; i += VL) {
-        vf s = vf_load(scale + i), z = vf_load(zero + i), units = step > 0 ? s / step : vf_set1(0);
-        units = clip(units, 0, 255);
-        units = bits == 8 ? vf_ceil(units) : vf_round(units);
-        vf decoded = units * step;
-        z = (z + s * centre) - decoded * centre;
-        vf_store(scale + i, units);
-        vf_store(zero + i, z);
-        vf_store(inverse + i, inverse_or_zero(decoded));
-    }
-    for (int64_t d = 0; d < D; d++) largest = MAX(largest, fabsf(zero[d]));
-    bases[1] = bf16_up(largest);
-    step = bf16_value(bases[1]) / 127;
-    for (int64_t i = 0; i < P; i += VL) {
-        vf units = step > 0 ? vf_load(zero + i) / step : vf_set1(0);
-        vf_store(zero + i, vf_round(clip(units, -127, 127)));
-    }
-    for (int64_t d = 0; d < D; d++) meta[d] = scale[d], meta[D + d] = (int8_t)zero[d];
-    memcpy(meta + 2 * D, bases, 4);
-
-    for (int64_t t = 0; t < C; t++, y += P) {
-        uint8_t codes[MAX_HEAD_DIM], stream[MAX_HEAD_DIM + 8];
-        for (int64_t i = 0; i < P; i += VL) {
-            vf code = quantize_k(vf_load(y + i), vf_load(zero + i) * step, vf_load(inverse + i), top);
-            vb bytes = __builtin_convertvector(__builtin_convertvector(code, vi), vb);
-            memcpy(codes + i, &bytes, sizeof bytes);
-        }
-        for (int64_t i = 0; i < D; i += 8) { /* each write's bytes past its own stream are zero */
-            uint64_t eight;
-            memcpy(&eight, codes + i, 8);
-            eight = squeeze(eight, bits);
-            memcpy(stream + i / 8 * bits, &eight, 8);
-        }
-        for (int64_t w = 0; 32 * w < D * bits; w++) memcpy(words + 4 * (w * C + t), stream + 4 * w, 4);
-    }
-}
-
-INLINE vf quantize_v(vf y, float inverse, float half, float top) { return clip(vf_floor(y * inverse) + half, 0, top); }
-
-/* The squared error of one token, summed as formats._sum_channels does. */
-INLINE float error_v(const float *y, int64_t D, int64_t P, float s, float inverse, float half, float top) {
-    vf squares[MAX_HEAD_DIM / VL];
-    int64_t n = 0;
-    for (; n * VL < P; n++) {
-        vf a = vf_load(y + n * VL), e = a - (quantize_v(a, inverse, half, top) - top * 0.5f) * s;
-        squares[n] = e * e;
-        if (n * VL + VL > D) squares[n] = (vf)((vi)squares[n] & (vi_iota() < (int32_t)(D - n * VL)));
-    }
-    for (; n & (n - 1); n++) squares[n] = vf_set1(0);
-    for (n /= 2; n; n /= 2)
-        for (int64_t i = 0; i < n; i++) squares[i] = squares[i] + squares[i + n];
-    return vf_sum(squares[0]);
-}
-
-static void encode_v(const float *y, int bits, int64_t C, int64_t D, int64_t P, uint8_t *words, uint8_t *meta) {
-    float top = (1 << bits) - 1, half = 1 << (bits - 1), inverses[MAX_CHUNK];
-    for (int64_t t = 0; t < C; t++) {
-        const float *row = y + t * P;
-        vf largest = vf_set1(0);
-        for (int64_t i = 0; i < P; i += VL) largest = vf_max(largest, (vf)((vi)vf_load(row + i) & 0x7fffffff));
-        float limit = vf_hmax(largest), best = INFINITY;
-        for (int attempt = 0; attempt < (bits == 8 ? 1 : 7); attempt++) {
-            uint16_t s = bf16_up(limit * V_CLIP[attempt] * (2 / top));
-            float scale = bf16_value(s), inverse = scale > 0 ? 1 / scale : 0;
-            float error = bits == 8 ? 0 : error_v(row, D, P, scale, inverse, half, top);
-            if (attempt == 0 || error < best) {
-                best = error, inverses[t] = inverse;
-                memcpy(meta + 2 * t, &s, 2);
-            }
-        }
-    }
-    for (int64_t i = 0; i < P; i += VL) {
-        int64_t word = 0, nbytes = 4 * MIN(VL, D - i);
-        int used = 0;
-        vu stream = {0};
-        for (int64_t t = 0; t < C; t++) {
-            vu code = __builtin_convertvector(quantize_v(vf_load(y + t * P + i), inverses[t], half, top), vu);
-            stream |= code << used;
-            used += bits;
-            if (used >= 32) { /* what did not fit begins the next word */
-                memcpy(words + 4 * (word++ * D + i), &stream, nbytes);
-                used -= 32;
-                stream = used ? code >> (bits - used) : (vu){0};
-            }
-        }
-        if (used) memcpy(words + 4 * (word * D + i), &stream, nbytes);
-    }
-}
+/* Packing FP16 chunks of K and V. The bits are those of runtime/formats: every float operation happens there in the same
+ * order, one rounding each (the build forbids contraction). A block is K or V of one chunk and KV head: its values become
+ * codes in place (rotated.h, baselines.h), which are then stored (streams.h). */
 
 typedef struct {
     const uint16_t *k, *v;
     const span *to;
-    const int32_t *starts;
+    const int32_t *starts, *positions;
+    const format_data *data;
     int64_t S, G, D, C;
+    float *lows, *highs; /* (n, C), of kvquant's V */
     _Atomic bool no_memory;
 } packing;
+
+/* What kvquant's V needs of all heads of a chunk: each token's thresholds, and the centre and half that are stored. */
+static void pack_shared(void *ctx, int64_t chunk) {
+    packing *p = ctx;
+    int64_t C = p->C, D = p->D;
+    float *lows = p->lows + chunk * C, *highs = p->highs + chunk * C, centres[MAX_CHUNK], halves[MAX_CHUNK];
+    float *work = scratch(SCRATCH_TASK, 8 * (kvquant_beyond(p->G * D) + 1));
+    if (!work) {
+        p->no_memory = true;
+        return;
+    }
+    const uint16_t *x = p->v + p->starts[chunk] * D;
+    for (int64_t t = 0; t < C; t++) {
+        thresholds(x + t * D, p->S * D, p->G, D, work, lows + t, highs + t);
+        centres[t] = (highs[t] + lows[t]) * .5f + 0;
+        halves[t] = (highs[t] - lows[t]) * .5f;
+    }
+    uint8_t *shared = p->to->v.shared + chunk * p->to->v.shared_bytes;
+    store_halves(shared, centres, C);
+    store_halves(shared + 2 * C, halves, C);
+}
+
+static void encode_kvquant(const packing *p, float *y, const region *to, int64_t chunk, int64_t g, bool is_v, uint8_t *meta) {
+    int64_t C = p->C, D = p->D, P = round_up(D);
+    float centres[MAX(MAX_HEAD_DIM, MAX_CHUNK)] = {0}, halves[MAX(MAX_HEAD_DIM, MAX_CHUNK)] = {0};
+    nonuniform u = {.levels = levels_of(is_v ? p->data->v_levels : p->data->k_levels, to->bits),
+                    .centres = centres, .halves = halves};
+    if (!is_v) {
+        memcpy(centres, p->data->k_centre + g * D, 4 * D);
+        memcpy(halves, p->data->k_half + g * D, 4 * D);
+        kvquant(y, &u, to->bits, C, D, P, meta, false);
+        return;
+    }
+    const uint8_t *shared = to->shared + chunk * to->shared_bytes;
+    for (int64_t t = 0; t < C; t++) {
+        uint16_t pair[2];
+        memcpy(pair, shared + 2 * t, 2);
+        memcpy(pair + 1, shared + 2 * (C + t), 2);
+        centres[t] = half_to_float(pair[0]), halves[t] = half_to_float(pair[1]);
+    }
+    u.lows = p->lows + chunk * C, u.highs = p->highs + chunk * C;
+    kvquant(y, &u, to->bits, C, D, P, meta, true);
+}
 
 /* K (even items) or V (odd items) of one chunk and KV head. */
 static void pack_block(void *ctx, int64_t item) {
     packing *p = ctx;
-    const region *to = item & 1 ? &p->to->v : &p->to->k;
+    bool is_v = item & 1;
+    const region *to = is_v ? &p->to->v : &p->to->k;
     int64_t chunk = item / 2 / p->G, g = item / 2 % p->G, C = p->C, D = p->D, P = round_up(D);
-    const uint16_t *x = (item & 1 ? p->v : p->k) + (g * p->S + p->starts[chunk]) * D;
+    const uint16_t *x = (is_v ? p->v : p->k) + (g * p->S + p->starts[chunk]) * D;
     uint8_t *codes = to->codes + g * to->codes_stride + chunk * to->codes_bytes;
     uint8_t *meta = to->meta + g * to->meta_stride + chunk * to->meta_bytes;
-    if (to->bits == 16) {
+    if (to->family == HALF) {
         memcpy(codes, x, 2 * C * D);
         return;
     }
@@ -214,14 +73,33 @@ static void pack_block(void *ctx, int64_t item) {
         p->no_memory = true;
         return;
     }
-    rotate_rows(x, C, D, P, y);
-    (item & 1 ? encode_v : encode_k)(y, to->bits, C, D, P, codes, meta);
+    load_rows(x, C, D, P, to->family != ROTATED, y);
+    if (!is_v && (to->family == ATOM || to->family == KVQUANT)) {
+        int64_t row = p->positions[chunk] * (D / 2);
+        turn_back(y, p->data->cos + row, p->data->sin + row, C, D, P);
+    }
+    switch (to->family) {
+    case ROTATED:
+        rotate_rows(y, C, D, P);
+        (is_v ? rotated_v : rotated_k)(y, to->bits, C, D, P, meta);
+        break;
+    case KIVI: (is_v ? kivi_v : kivi_k)(y, to->bits, C, D, P, meta); break;
+    case ATOM: atom(y, C, P, meta); break;
+    default: encode_kvquant(p, y, to, chunk, g, is_v, meta);
+    }
+    (is_v ? store_channels : store_tokens)(y, to->bits, C, D, P, codes);
 }
 
-int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, int64_t S, int64_t G,
-             int64_t D, int64_t C) {
-    packing p = {k, v, to, starts, S, G, D, C, false};
+int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, const int32_t *positions,
+             const format_data *data, int64_t S, int64_t G, int64_t D, int64_t C) {
+    packing p = {k, v, to, starts, positions, data, S, G, D, C, NULL, NULL, false};
+    if (to->v.family == KVQUANT) {
+        p.lows = scratch(SCRATCH_CALL, 8 * to->n * C);
+        if (!p.lows) return NO_MEMORY;
+        p.highs = p.lows + to->n * C;
+        pool_run(pack_shared, &p, to->n);
+    }
     pool_run(pack_block, &p, 2 * to->n * G);
-    memcpy(to->positions, starts, 4 * to->n);
+    memcpy(to->positions, positions, 4 * to->n);
     return p.no_memory ? NO_MEMORY : OK;
 }
