@@ -51,26 +51,26 @@ class CacheOps:
              positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:  # fmt: skip
         """Encode the chunks that begin at rows `starts` (n,) of k, v (G, S, D) f16 into the span, in that order.
 
-        Codes and scales equal runtime.formats bit for bit. positions (n,), if not the rows, are what the span's positions
-        say and what K is turned back by; data: runtime.backend.FormatData, for families that need it.
+        Codes and scales equal runtime.formats bit for bit. positions (n,), if not the rows, are what the span's
+        positions say and what K is turned back by; data: runtime.backend.FormatData, for families that need it.
         """
         G, S, D = k.shape
         _check_sizes(D, chunk)
         starts = np.ascontiguousarray(starts, np.int32)
         positions = starts if positions is None else np.ascontiguousarray(positions, np.int32)
         if not len(starts) == len(positions) == span.n:
-            raise KernelError(f"pack: starts has {len(starts)} entries and positions {len(positions)}, but the span holds "
-                              f"{span.n} chunks")
+            raise KernelError(f"pack: starts has {len(starts)} entries and positions {len(positions)}, but the span "
+                              f"holds {span.n} chunks")  # fmt: skip
         if span.n == 0:
             return
         if starts.min() < 0 or starts.max() > S - chunk:
             raise KernelError(f"pack: chunks of {chunk} begin at rows {starts.min()} to {starts.max()} of {S}")
         record = ffi.new("span *", _span(arena, span, G, D, chunk))
         formats, _alive = _format_data([span], data, G, D)
-        if span.formats in _PRE_ROPE and span.k_bits < 16:
-            if positions.min() < 0 or positions.max() > formats.P - chunk:
-                raise KernelError(f"pack: chunks of {chunk} begin at positions {positions.min()} to {positions.max()}, but "
-                                  f"cos and sin have {formats.P} rows")
+        turned = span.formats in _PRE_ROPE and span.k_bits < 16
+        if turned and not 0 <= positions.min() <= positions.max() <= formats.P - chunk:
+            raise KernelError(f"pack: chunks of {chunk} begin at positions {positions.min()} to {positions.max()}, but cos "
+                              f"and sin have {formats.P} rows")  # fmt: skip
         args = pointer("k", k, (G, S, D), F16), pointer("v", v, (G, S, D), F16), record
         rows = pointer("starts", starts, (span.n,), I32), pointer("positions", positions, (span.n,), I32)
         check(self._pack(*args, *rows, formats, S, G, D, chunk), "pack")
@@ -208,12 +208,12 @@ def _format_data(spans: Sequence[Any], data: Any, kv_heads: int, head_dim: int,
     tables = {span.formats for span in spans if span.k_bits < 16} & set(_PRE_ROPE)
     if tables:
         rows = len(data.cos) if data is not None and data.cos is not None else 0
-        needed |= {name: (rows, head_dim // 2) for name in ("cos", "sin")}
+        needed |= dict.fromkeys(("cos", "sin"), (rows, head_dim // 2))
     for kind in "kv":
         if any(span.formats == "kvquant" and getattr(span, f"{kind}_bits") < 16 for span in spans):
             needed[f"{kind}_levels"] = (_LEVELS,)
             if kind == "k":
-                needed |= {name: (kv_heads, head_dim) for name in ("k_centre", "k_half")}
+                needed |= dict.fromkeys(("k_centre", "k_half"), (kv_heads, head_dim))
     if not needed:
         return NULL, None
     missing = [name for name in needed if getattr(data, name, None) is None]
@@ -232,8 +232,8 @@ def _format_data(spans: Sequence[Any], data: Any, kv_heads: int, head_dim: int,
 
 
 def _turns(cos: Buffer, sin: Buffer, chunk: int, first: int) -> Buffer:
-    """Cosines and sines (P, D/2) as decode attention reads them, (tiles, D/2, 2, row): tile i holds the `chunk` positions
-    from first + i * chunk on, side by side. Made once for all layers of a run."""
+    """Cosines and sines (P, D/2) as decode attention reads them, (tiles, D/2, 2, row): tile i holds the `chunk`
+    positions from first + i * chunk on, side by side. Made once for all layers of a run."""
     known = getattr(cos, "turns", None)
     if known is not None and known[0] is sin and known[1:3] == (chunk, first):
         return known[3]  # type: ignore[no-any-return]

@@ -204,34 +204,34 @@ def _spread_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 def read_k(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedK:
     """The quantized K of a span: codes (G, N, C, D) and the metadata as runtime.formats has them."""
     codes_bytes, meta_bytes, _ = block_bytes("K", span.k_bits, chunk, head_dim)
-    words = _blocks(arena, span.k_codes, span.k_codes_stride, kv_heads, span.n, codes_bytes)
-    meta = _blocks(arena, span.k_meta, span.k_meta_stride, kv_heads, span.n, meta_bytes)
-    return EncodedK(span.k_bits, _codes(words, chunk, head_dim, span.k_bits), meta[..., :head_dim],
+    words = read_blocks(arena, span.k_codes, span.k_codes_stride, kv_heads, span.n, codes_bytes)
+    meta = read_blocks(arena, span.k_meta, span.k_meta_stride, kv_heads, span.n, meta_bytes)
+    return EncodedK(span.k_bits, read_codes(words, chunk, head_dim, span.k_bits), meta[..., :head_dim],
                     meta[..., head_dim : 2 * head_dim].view(np.int8), _from_bf16(meta[..., 2 * head_dim :]))
 
 
 def read_v(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedV:
     """The quantized V of a span: codes (G, N, C, D), scales (G, N, C)."""
     codes_bytes, meta_bytes, _ = block_bytes("V", span.v_bits, chunk, head_dim)
-    words = _blocks(arena, span.v_codes, span.v_codes_stride, kv_heads, span.n, codes_bytes)
-    meta = _blocks(arena, span.v_meta, span.v_meta_stride, kv_heads, span.n, meta_bytes)
-    codes = _codes(words, head_dim, chunk, span.v_bits).swapaxes(-1, -2)
+    words = read_blocks(arena, span.v_codes, span.v_codes_stride, kv_heads, span.n, codes_bytes)
+    meta = read_blocks(arena, span.v_meta, span.v_meta_stride, kv_heads, span.n, meta_bytes)
+    codes = read_codes(words, head_dim, chunk, span.v_bits).swapaxes(-1, -2)
     return EncodedV(span.v_bits, np.ascontiguousarray(codes), _from_bf16(meta))
 
 
 def read_half(arena: Array, offset: int, stride: int, kv_heads: int, n: int, chunk: int, head_dim: int) -> Array:
     """16-bit blocks: float16 (G, N, C, D)."""
-    blocks = _blocks(arena, offset, stride, kv_heads, n, 2 * chunk * head_dim)
+    blocks = read_blocks(arena, offset, stride, kv_heads, n, 2 * chunk * head_dim)
     return blocks.view(np.float16).reshape(kv_heads, n, chunk, head_dim)
 
 
-def _blocks(arena: Array, offset: int, stride: int, kv_heads: int, n: int, nbytes: int) -> Array:
+def read_blocks(arena: Array, offset: int, stride: int, kv_heads: int, n: int, nbytes: int) -> Array:
     """(G, N, nbytes) uint8."""
     heads = [np.asarray(arena)[offset + g * stride :][: n * nbytes].reshape(n, nbytes) for g in range(kv_heads)]
     return np.stack(heads)
 
 
-def _codes(words: Array, streams: int, length: int, bits: int) -> Array:
+def read_codes(words: Array, streams: int, length: int, bits: int) -> Array:
     """words (..., bytes), word w of stream s at [w * streams + s] -> codes (..., streams, length); checks padding."""
     words = words.view("<u4").reshape(*words.shape[:-1], -1, streams).swapaxes(-1, -2)
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ import pytest
 import ref
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import KINDS, chunk_sizes, head_dims, kinds, seeds, several, tiers, values
+from strategies import KINDS, chunk_sizes, format_data, head_dims, kinds, seeds, several, tiers_of, values
 
 from kernels_c import CpuBackend, KernelError, available_isas
 from runtime import formats
 from runtime.arena import ArenaLayout
-from runtime.backend import Span, Tail
-from runtime.plan import FP16, Layout, Tier
+from runtime.backend import FormatData, Span, Tail
+from runtime.formats import FAMILIES, PRE_ROPE, WIDTHS, Kind, atom, kivi, kvquant
+from runtime.plan import Layout, Tier
 
 ISAS = available_isas()
 BACKENDS = {isa: CpuBackend(threads=1, isa=isa) for isa in ISAS}
@@ -26,100 +27,178 @@ GUARD = 256
 on_every_isa = pytest.mark.parametrize("backend", BACKENDS.values(), ids=ISAS)
 
 
-def layout_of(head_dim: int, chunk: int, kv_heads: int, tiers: tuple[Tier, ...], counts: tuple[int, ...]) -> Layout:
+def layout_of(head_dim: int, chunk: int, kv_heads: int, tiers: tuple[Tier, ...], counts: tuple[int, ...],
+              family: str = "rotated") -> Layout:
     return Layout(n_layers=1, n_kv_heads=kv_heads, head_dim=head_dim, chunk=chunk, n_chunks=sum(counts), prefix=3,
-                  remainder=0, suffix=2, max_new=4, window=None, tiers=tiers, counts=(counts,))
+                  remainder=0, suffix=2, max_new=4, window=None, tiers=tiers, counts=(counts,), formats=family)
 
 
-Packing = tuple[Layout, tuple[int, ...], str, str, int]  # the chunks' order, kinds of K and V values, seed
+@dataclass(frozen=True)
+class Packing:
+    """moved: how far the positions are from the rows' numbers, as where the tail is packed."""
+
+    layout: Layout
+    order: tuple[int, ...]
+    k_kind: str = "normal"
+    v_kind: str = "normal"
+    seed: int = 0
+    moved: int = 0
+
+    def arrays(self) -> tuple[Any, Any]:
+        """k, v (G, prompt, D) float16."""
+        shape = self.layout.n_kv_heads, self.layout.prompt_tokens, self.layout.head_dim
+        return values(self.k_kind, self.seed, shape), values(self.v_kind, self.seed + 1, shape)
+
+    def data(self) -> FormatData:
+        layout = self.layout
+        return format_data(self.seed, layout.prompt_tokens + self.moved, layout.n_kv_heads, layout.head_dim)
 
 
 @st.composite
 def packings(draw: st.DrawFn) -> Packing:
     """Two tiers may share a width's region, and a tier may be empty."""
-    chosen = tuple(draw(st.lists(tiers, min_size=1, max_size=3, unique=True)))
+    family = draw(st.sampled_from(FAMILIES))
+    chosen = tuple(draw(st.lists(tiers_of(family), min_size=1, max_size=3, unique=True)))
     counts = tuple(draw(st.integers(0, 3)) for _ in chosen)
-    layout = layout_of(draw(head_dims), draw(chunk_sizes), draw(st.integers(1, 3)), chosen, counts)
+    layout = layout_of(draw(head_dims), draw(chunk_sizes), draw(st.integers(1, 3)), chosen, counts, family)
     order = draw(st.permutations(range(layout.n_chunks)))
-    return layout, tuple(order), draw(kinds), draw(kinds), draw(seeds)
+    return Packing(layout, tuple(order), draw(kinds), draw(kinds), draw(seeds), draw(st.sampled_from((0, 1, 70))))
 
 
 def owned(layout: Layout, span: Span) -> list[tuple[int, int]]:
     """(offset, bytes) of everything that packing a span may write."""
     ranges = [(span.positions, 4 * span.n)]
-    for kind, bits, codes, codes_stride, meta, meta_stride in (
-            ("K", span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride),
-            ("V", span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride)):
-        codes_bytes, meta_bytes, _ = formats.block_bytes(kind, bits, layout.chunk, layout.head_dim)
+    for kind, bits, codes, codes_stride, meta, meta_stride, shared in (
+            ("K", span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride, 0),
+            ("V", span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride, span.v_shared)):
+        size = formats.block_bytes(kind, bits, layout.chunk, layout.head_dim, span.formats)
         for g in range(layout.n_kv_heads):
-            ranges += [(codes + g * codes_stride, span.n * codes_bytes), (meta + g * meta_stride, span.n * meta_bytes)]
+            ranges += [(codes + g * codes_stride, span.n * size.codes), (meta + g * meta_stride, span.n * size.meta)]
+        ranges.append((shared, span.n * size.shared))
     return ranges
 
 
-def check_packing(backend: CpuBackend, layout: Layout, order: tuple[int, ...], k: Any, v: Any) -> None:
-    """Packs each tier in turn; k, v (G, prompt, D) float16."""
+Parts = dict[str, Any]  # name -> array (N, G, ...), or (N, ...) of what all heads share
+
+
+def packed(kind: Kind, raw: Any, span: Span, G: int, D: int, C: int) -> Parts:
+    """What lies in the arena, in runtime.formats' terms; the CPU's layout is that of kernels_c/src/streams.h and
+    baselines.h."""
+    if kind == "K":
+        bits, where = span.k_bits, (span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride)
+    else:
+        bits, where = span.v_bits, (span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride)
+    size = formats.block_bytes(kind, bits, C, D, span.formats)
+    words = ref.read_blocks(raw, where[0], where[1], G, span.n, size.codes).swapaxes(0, 1)
+    meta = ref.read_blocks(raw, where[2], where[3], G, span.n, size.meta).swapaxes(0, 1).copy()
+    if bits == 16:
+        return {"values": words.copy().view(np.float16).reshape(span.n, G, C, D)}
+    streams, length = (C, D) if kind == "K" else (D, C)
+    codes = ref.read_codes(words.copy(), streams, length, bits)
+    codes = codes if kind == "K" else codes.swapaxes(-1, -2)
+    if span.formats == "rotated":
+        if kind == "V":
+            return {"codes": codes, "scales": meta.view(np.uint16)}
+        return {"codes": codes, "scales": meta[..., :D], "zeros": meta[..., D : 2 * D].view(np.int8),
+                "base": meta[..., 2 * D :].copy().view(np.uint16)}
+    if span.formats != "kvquant":  # scales, then zeros, in planes
+        lines = D if kind == "K" and span.formats == "kivi" else C
+        planes = meta.view(np.float16).reshape(span.n, G, 2, -1, lines)
+        if kind == "K" or span.formats == "atom":
+            return {"codes": codes, "scales": planes[:, :, 0, 0], "zeros": planes[:, :, 1, 0]}
+        return {"codes": codes, "scales": planes[:, :, 0].swapaxes(-1, -2), "zeros": planes[:, :, 1].swapaxes(-1, -2)}
+    entries = meta.view(np.uint16)
+    parts = {"codes": codes, "kept": entries[..., 0], "overflowed": entries[..., 1], "index": entries[..., 2::2],
+             "values": entries[..., 3::2].copy().view(np.float16)}
+    if kind == "V":
+        shared = raw[span.v_shared :][: 4 * C * span.n].view(np.float16).reshape(span.n, 2, C)
+        parts |= {"centre": shared[:, 0], "half": shared[:, 1]}
+    return parts
+
+
+def expected(kind: Kind, x: Any, bits: int, family: str, tokens: Any, data: FormatData) -> Parts:
+    """The same by runtime.formats; x (N, G, C, D), tokens (N, C) their positions."""
+    if bits == 16:
+        return {"values": x}
+    if kind == "K" and family in PRE_ROPE:
+        x = formats.turn_back(x, data.cos[tokens][:, None], data.sin[tokens][:, None])
+    if family == "kivi":
+        return vars(kivi.encode_k(x, bits) if kind == "K" else kivi.encode_v(x, bits))
+    if family == "atom":
+        return vars(atom.encode(x))
+    if family == "kvquant":
+        levels = kvquant.levels_of(data.k_levels if kind == "K" else data.v_levels, bits)
+        encoded: Any = (kvquant.encode_k(x, bits, levels, data.k_centre, data.k_half) if kind == "K"
+                        else kvquant.encode_v(x, bits, levels))
+        return {name: part for name, part in vars(encoded).items() if name != "sparse"} | vars(encoded.sparse)
+    encoded = formats.encode_k(x, bits) if kind == "K" else formats.encode_v(x, bits)
+    parts = dict(vars(encoded))
+    name = "base" if kind == "K" else "scales"
+    return parts | {name: (parts[name].view(np.uint32) >> 16).astype(np.uint16)}
+
+
+def check_packing(backend: CpuBackend, packing: Packing) -> None:
+    """Packs each tier in turn."""
+    layout, data = packing.layout, packing.data()
+    k, v = packing.arrays()
     sizes = ArenaLayout(layout)
     G, D, C = layout.n_kv_heads, layout.head_dim, layout.chunk
     whole = backend.empty((sizes.nbytes + 2 * GUARD,), np.uint8)
     whole[:] = POISON
     arena = whole[GUARD : GUARD + sizes.nbytes]
     untouched, done = np.ones(len(whole), bool), 0
-    packed = []
+    packed_spans = []
+    uploaded = FormatData(**{name: backend.upload(part) for name, part in vars(data).items()})
     for span in sizes.spans(0):
-        starts = np.array([layout.start(chunk) for chunk in order[done : done + span.n]], np.int32)
+        starts = np.array([layout.start(chunk) for chunk in packing.order[done : done + span.n]], np.int32)
         done += span.n
-        backend.pack(backend.upload(k), backend.upload(v), arena, span, starts, C)
-        packed.append((span, starts))
+        positions = {"positions": starts + np.int32(packing.moved)} if packing.moved else {}
+        backend.pack(backend.upload(k), backend.upload(v), arena, span, starts, C, **positions, data=uploaded)
+        packed_spans.append((span, starts))
         for offset, nbytes in owned(layout, span) if span.n else ():
             untouched[GUARD + offset : GUARD + offset + nbytes] = False
     assert (whole[untouched] == POISON).all(), "packing wrote outside its blocks"
-    for span, starts in packed:  # after all: no tier may have overwritten another
+    raw = np.asarray(arena)
+    for span, starts in packed_spans:  # after all: no tier may have overwritten another
         if span.n == 0:
             continue
-        raw = np.asarray(arena)
-        assert (raw[span.positions :][: 4 * span.n].view(np.int32) == starts).all()
+        assert (raw[span.positions :][: 4 * span.n].view(np.int32) == starts + packing.moved).all()
         rows = starts[:, None] + np.arange(C)
-        for kind, bits, x in (("K", span.k_bits, k[:, rows]), ("V", span.v_bits, v[:, rows])):
-            if bits == 16:
-                codes, stride = (span.k_codes, span.k_codes_stride) if kind == "K" else (
-                    span.v_codes, span.v_codes_stride)
-                assert ref.read_half(raw, codes, stride, G, span.n, C, D).tobytes() == x.tobytes()
-            elif kind == "K":
-                got_k, want_k = ref.read_k(raw, span, G, D, C), formats.encode_k(x, bits)
-                for name in ("codes", "scales", "zeros"):
-                    np.testing.assert_array_equal(getattr(got_k, name), getattr(want_k, name), f"K{bits} {name}")
-                assert got_k.base.tobytes() == want_k.base.tobytes(), f"K{bits} bases"
-            else:
-                got_v, want_v = ref.read_v(raw, span, G, D, C), formats.encode_v(x, bits)
-                np.testing.assert_array_equal(got_v.codes, want_v.codes, f"V{bits} codes")
-                assert got_v.scales.tobytes() == want_v.scales.tobytes(), f"V{bits} scales"
+        kinds: list[tuple[Kind, int, Any]] = [("K", span.k_bits, k), ("V", span.v_bits, v)]
+        for kind, bits, x in kinds:
+            got = packed(kind, raw, span, G, D, C)
+            want = expected(kind, x[:, rows].swapaxes(0, 1), bits, layout.formats, rows + packing.moved, data)
+            for name, part in got.items():
+                assert part.dtype == want[name].dtype and part.tobytes() == want[name].tobytes(), \
+                    f"{layout.formats} {kind}{bits} {name}"
 
 
 @on_every_isa
 @several
 @given(packing=packings())
-@example(packing=(layout_of(64, 32, 3, (Tier(3, 2), Tier(4, 2)), (1, 1)), (1, 0), "outliers", "outliers", 0))
-@example(packing=(layout_of(8, 8, 1, (Tier(3, 3),), (1,)), (0,), "steps", "steps", 0))
-@example(packing=(layout_of(256, 256, 1, (Tier(2, 8),), (1,)), (0,), "largest", "largest", 0))
+@example(packing=Packing(layout_of(64, 32, 3, (Tier(3, 2), Tier(4, 2)), (1, 1)), (1, 0), "outliers", "outliers"))
+@example(packing=Packing(layout_of(8, 8, 1, (Tier(3, 3),), (1,)), (0,), "steps", "steps"))
+@example(packing=Packing(layout_of(256, 256, 1, (Tier(2, 8),), (1,)), (0,), "largest", "largest"))
+@example(packing=Packing(layout_of(256, 256, 2, (Tier(2, 3),), (1,), "kvquant"), (0,), "normal", "largest", moved=9))
 def test_packing_equals_the_formats(backend: CpuBackend, packing: Packing) -> None:
-    layout, order, k_kind, v_kind, seed = packing
-    shape = layout.n_kv_heads, layout.prompt_tokens, layout.head_dim
-    check_packing(backend, layout, order, values(k_kind, seed, shape), values(v_kind, seed + 1, shape))
+    check_packing(backend, packing)
 
 
 @on_every_isa
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_width_of_every_hostile_kind(backend: CpuBackend, kind: str) -> None:
-    layout = layout_of(80, 24, 2, tuple(Tier(bits, bits) for bits in (2, 3, 4, 8, 16)), (1, 2, 1, 2, 1))
-    x = values(kind, 5, (2, layout.prompt_tokens, 80))
-    check_packing(backend, layout, tuple(range(7)), x, x)
+def test_every_width_of_every_hostile_kind(backend: CpuBackend, kind: str, family: str) -> None:
+    tiers = tuple(Tier(bits, bits) for bits in (*WIDTHS[family], 16))
+    counts = tuple(1 + i % 2 for i in range(len(tiers)))
+    layout = layout_of(80, 24, 2, tiers, counts, family)
+    check_packing(backend, Packing(layout, tuple(range(sum(counts))), kind, kind, 5))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_write_the_same_bytes(threads: int) -> None:
-    layout = layout_of(64, 32, 2, (Tier(3, 2),), (9,))
-    x = values("normal", 3, (2, layout.prompt_tokens, 64))
-    check_packing(CpuBackend(threads=threads), layout, tuple(reversed(range(9))), x, x)
+@pytest.mark.parametrize("tier", [("rotated", 3, 2), ("kvquant", 4, 3)], ids=str)
+def test_threads_write_the_same_bytes(threads: int, tier: tuple[str, int, int]) -> None:
+    layout = layout_of(64, 32, 2, (Tier(*tier[1:]),), (9,), tier[0])
+    check_packing(CpuBackend(threads=threads), Packing(layout, tuple(reversed(range(9)))))
     CpuBackend(threads=1)  # the pool belongs to the process: leave it as it was
 
 
@@ -176,13 +255,15 @@ def test_kernels_are_named_with_their_instruction_set() -> None:
         assert backend.kernels().items() >= {("pack", f"pack_{isa}"), ("decode_attention", f"decode_attention_{isa}")}
 
 
-def test_block_sizes_agree_with_the_formats() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_sizes_agree_with_the_formats(family: str) -> None:
     """The kernels may not import runtime and so keep their own arithmetic."""
-    from kernels_c.cache_ops import _block_bytes
+    from kernels_c.cache_ops import _WIDTHS, _block_bytes
 
-    for tier in (Tier(2, 2), Tier(3, 3), Tier(4, 4), Tier(8, 8), FP16):
+    assert WIDTHS == _WIDTHS
+    for bits in (*WIDTHS[family], 16):
         for chunk in range(8, 257, 8):
             for dim in range(8, 257, 8):
                 for kind in ("K", "V"):
-                    assert _block_bytes(kind, tier.k_bits, chunk, dim) == formats.block_bytes(
-                        kind, tier.k_bits, chunk, dim)[:2]
+                    assert _block_bytes(kind, bits, chunk, dim, family) == formats.block_bytes(
+                        kind, bits, chunk, dim, family)

@@ -160,5 +160,5 @@ static void thresholds(const uint16_t *x, int64_t stride, int64_t G, int64_t D, 
                 if (-a[lane] > least[n - 1]) insert(least, n, -a[lane]);
             }
         }
-    *low = -least[n - 1], *high = most[n - 1];
+    *low = -least[n - 1] + 0, *high = most[n - 1] + 0; /* never -0 */
 }

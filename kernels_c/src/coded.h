@@ -3,18 +3,18 @@
 
 INLINE vu vu_load(const void *p) { return (vu)vi_load(p); }
 
-/* The low `bits` of each lane as a float, less `centre`. A permutation reads only the lane number's low bits of its
- * index, so a table of codes that repeats needs neither a mask nor a conversion. */
-INLINE vf expand(vu x, const int bits, const float centre) {
+/* The low `bits` of each lane as a float. A permutation reads only the lane number's low bits of its index, so a table
+ * of codes that repeats needs neither a mask nor a conversion. */
+INLINE vf expand(vu x, const int bits) {
     const int mask = (1 << bits) - 1;
 #if defined(ISA_AVX512)
-    vf table = __builtin_convertvector(vi_iota() & mask, vf) - centre;
+    vf table = __builtin_convertvector(vi_iota() & mask, vf);
     if (bits <= 4) return (vf)_mm512_permutexvar_ps((__m512i)x, (__m512)table);
 #elif defined(ISA_AVX2)
-    vf table = __builtin_convertvector(vi_iota() & mask, vf) - centre;
+    vf table = __builtin_convertvector(vi_iota() & mask, vf);
     if (bits <= 3) return (vf)_mm256_permutevar8x32_ps((__m256)table, (__m256i)x);
 #endif
-    return __builtin_convertvector((vi)x & mask, vf) - centre;
+    return __builtin_convertvector((vi)x & mask, vf);
 }
 
 /* Code i of VL bit streams, not yet masked; word w of lane 0 is at words + w * stride bytes. */
@@ -25,8 +25,8 @@ INLINE vu stream_bits(const uint8_t *words, int64_t stride, int64_t i, const int
     if (shift + bits > 32) x |= vu_load(words + stride) << (32 - shift);
     return x;
 }
-INLINE vf code(const uint8_t *words, int64_t stride, int64_t i, const int bits, const float centre) {
-    return expand(stream_bits(words, stride, i, bits), bits, centre);
+INLINE vf code(const uint8_t *words, int64_t stride, int64_t i, const int bits) {
+    return expand(stream_bits(words, stride, i, bits), bits);
 }
 
 /* N vectors of tokens; bias and folded belong to H query heads. The unrolled loop's shifts are constants. */
@@ -42,7 +42,7 @@ INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, cons
 #pragma GCC unroll 32
         for (int c = 0; c < per; c++) {
             vf x[2];
-            for (int i = 0; i < N; i++) x[i] = code(words + 4 * VL * i, stride, c, bits, 0);
+            for (int i = 0; i < N; i++) x[i] = code(words + 4 * VL * i, stride, c, bits);
             for (int m = 0; m < H; m++) {
                 vf q = vf_set1(folded[m * P + d + c]);
                 for (int i = 0; i < N; i++) sum[c % chains][m][i] = vf_fma(q, x[i], sum[c % chains][m][i]);
@@ -52,7 +52,7 @@ INLINE void coded_tokens(const float *folded, int64_t P, const float *bias, cons
     for (int c = 0; d + c < D; c++)
         for (int m = 0; m < H; m++)
             for (int i = 0; i < N; i++)
-                sum[0][m][i] = vf_fma(vf_set1(folded[m * P + d + c]), code(words + 4 * VL * i, stride, c, bits, 0),
+                sum[0][m][i] = vf_fma(vf_set1(folded[m * P + d + c]), code(words + 4 * VL * i, stride, c, bits),
                                       sum[0][m][i]);
     for (int m = 0; m < H; m++)
         for (int i = 0; i < N; i++) vf_store(scores + m * T + i * VL, sum[0][m][i] + sum[1][m][i] + bias[m]);
@@ -103,13 +103,9 @@ INLINE void coded_scores(const attention *a, const float *q, const uint8_t *word
     for (; t < C; t += VL) coded_tokens(folded, P, bias, words + 4 * t, 4 * C, a->D, bits, 1, scores + t, a->T, H);
 }
 
-/* Codes count from the middle of their range. */
-INLINE float code_centre(int bits) { return ((1 << bits) - 1) * 0.5f; }
-
 INLINE void coded_columns(const attention *a, float *out, const float *bias, const uint8_t *words, const int bits,
                           int64_t d, const int J, int h, const int H) {
     const int per = bits == 3 ? 32 : 32 / bits;
-    const float centre = code_centre(bits);
     int64_t stride = 4 * a->P, t = 0;
     const float *weights = a->weights + h * a->T;
     vf sum[HEADS][COLUMNS];
@@ -120,7 +116,7 @@ INLINE void coded_columns(const attention *a, float *out, const float *bias, con
 #pragma GCC unroll 32
         for (int c = 0; c < per; c++) {
             vf x[COLUMNS];
-            for (int j = 0; j < J; j++) x[j] = code(words + 4 * VL * j, stride, c, bits, centre);
+            for (int j = 0; j < J; j++) x[j] = code(words + 4 * VL * j, stride, c, bits);
             for (int m = 0; m < H; m++) {
                 vf weight = vf_set1(weights[m * a->T + t + c]);
                 for (int j = 0; j < J; j++) sum[m][j] = vf_fma(weight, x[j], sum[m][j]);
@@ -131,12 +127,12 @@ INLINE void coded_columns(const attention *a, float *out, const float *bias, con
         for (int m = 0; m < H; m++)
             for (int j = 0; j < J; j++)
                 sum[m][j] = vf_fma(vf_set1(weights[m * a->T + t + c]),
-                                   code(words + 4 * VL * j, stride, c, bits, centre), sum[m][j]);
+                                   code(words + 4 * VL * j, stride, c, bits), sum[m][j]);
     for (int m = 0; m < H; m++)
         for (int j = 0; j < J; j++) vf_store(out + (h + m) * a->P + d + j * VL, sum[m][j]);
 }
 
-/* out (n, P) += weights times the centred codes of channels begin .. end - 1, and bias (n,). */
+/* out (n, P) += weights times the codes of channels begin .. end - 1, and bias (n,). */
 INLINE void coded_values(const attention *a, float *out, const float *bias, const uint8_t *words, const int bits,
                          int64_t begin, int64_t end, int h, const int H) {
     int64_t d = begin;

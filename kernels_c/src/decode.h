@@ -6,9 +6,8 @@
  *
  * Codes that stand for code * scale + zero are summed as they are (coded.h). K with scales per channel: per chunk the query's
  * channels take the scales and the zeros become one number, so that a score is a plain sum of codes, lanes = tokens. V: the
- * probability takes the token's scale, lanes = channels; codes count from the middle of their range. The rotated formats do
- * this with a query that is rotated once, and their sum is rotated back at the end. Other blocks are decoded first
- * (decoded.h).
+ * probability takes the token's scale, lanes = channels, and the zeros become one number. The rotated formats do this with a
+ * query that is rotated once, and their sum is rotated back at the end. Other blocks are decoded first (decoded.h).
  *
  * FP16 K and V: a key's score is the same function of q and k wherever it lies, and maximum, denominator and output
  * advance key by key. An all-FP16 plan in document order therefore gives the bits that one dense tail gives. */
@@ -122,15 +121,15 @@ static void half_values(attention *a, const block *b) {
     }
 }
 
-/* weights = shares * scales; bias: what the tokens' offsets, if any, and the codes' centre add to every channel. */
-static void weigh(const attention *a, const float *scales, const float *offsets, float centre, float *bias) {
+/* weights = shares * scales; bias: what the tokens' offsets add to every channel. */
+static void weigh(const attention *a, const float *scales, const float *offsets, float *bias) {
     int64_t T = a->T;
     for (int h = 0; h < a->n; h++) {
         vf sum = vf_set1(0);
         for (int64_t t = 0; t < round_up(a->C); t += VL) {
-            vf share = vf_load(a->shares + h * T + t), scale = vf_load(scales + t);
-            vf_store(a->weights + h * T + t, share * scale);
-            if (offsets) sum = vf_fma(share, vf_fma(scale, vf_set1(centre), vf_load(offsets + t)), sum);
+            vf share = vf_load(a->shares + h * T + t);
+            vf_store(a->weights + h * T + t, share * vf_load(scales + t));
+            sum = vf_fma(share, vf_load(offsets + t), sum);
         }
         bias[h] = vf_sum(sum);
     }
@@ -156,15 +155,17 @@ static void block_values(attention *a, const block *b) {
     }
     const uint8_t *words = b->v;
     if (P != D) words = pad(a->padded, words, (C * b->v_bits + 31) / 32, 4 * D, 4 * P);
-    float scales[MAX_CHUNK], offsets[MAX_CHUNK], bias[GROUP], centre = code_centre(b->v_bits);
+    float scales[MAX_CHUNK], offsets[MAX_CHUNK], bias[GROUP];
     switch (b->v_family) {
     case ROTATED:
         for (int64_t t = 0; t < C; t += VL) {
             uint16_t lanes[VL] = {0};
             if (t + VL > C) memcpy(lanes, b->v_meta + 2 * t, 2 * (C - t));
-            vf_store(scales + t, vf_from_bfloat(vh_load(t + VL > C ? (const void *)lanes : b->v_meta + 2 * t)));
+            vf scale = vf_from_bfloat(vh_load(t + VL > C ? (const void *)lanes : b->v_meta + 2 * t));
+            vf_store(scales + t, scale);
+            vf_store(offsets + t, scale * (((1 << b->v_bits) - 1) * -0.5f)); /* levels are around zero */
         }
-        weigh(a, scales, NULL, 0, bias);
+        weigh(a, scales, offsets, bias);
         values_of_codes(a, a->rotated, bias, words, 0, P, b->v_bits);
         return;
     case KIVI:
@@ -172,13 +173,13 @@ static void block_values(attention *a, const block *b) {
             const uint8_t *meta = b->v_meta + 2 * C * (d / KIVI_GROUP);
             load_halves(scales, meta, C);
             load_halves(offsets, meta + 2 * C * ((D + KIVI_GROUP - 1) / KIVI_GROUP), C);
-            weigh(a, scales, offsets, centre, bias);
+            weigh(a, scales, offsets, bias);
             values_of_codes(a, a->out, bias, words, d, MIN(d + KIVI_GROUP, P), b->v_bits);
         }
         return;
     case ATOM:
         atom_lines(a, b->v_meta, scales, offsets);
-        weigh(a, scales, offsets, centre, bias);
+        weigh(a, scales, offsets, bias);
         values_of_codes(a, a->out, bias, words, 0, P, b->v_bits);
         return;
     default:

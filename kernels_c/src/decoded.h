@@ -29,7 +29,7 @@ INLINE void decode_lanes(float *out, int64_t stride, const uint8_t *words, int64
     for (int n = 0; n < N; n++) {                                                                                      \
         vu x = stream_bits(words + 4 * n * VL, 4 * lanes, c, bits);                                                    \
         vf m = levels ? vf_set1(scales[step + c]) : scale[n], a = levels ? vf_set1(offsets[step + c]) : offset[n];     \
-        vf_store(out + (step + c) * stride + n * VL, vf_fma(levels ? look_up(x, bits, levels) : expand(x, bits, 0), m, a)); \
+        vf_store(out + (step + c) * stride + n * VL, vf_fma(levels ? look_up(x, bits, levels) : expand(x, bits), m, a)); \
     }
     int64_t step = 0;
     for (; step + per <= steps; step += per, words += per * bits / 32 * 4 * lanes) {

@@ -25,7 +25,7 @@ static void pack_shared(void *ctx, int64_t chunk) {
     const uint16_t *x = p->v + p->starts[chunk] * D;
     for (int64_t t = 0; t < C; t++) {
         thresholds(x + t * D, p->S * D, p->G, D, work, lows + t, highs + t);
-        centres[t] = (highs[t] + lows[t]) * .5f + 0;
+        centres[t] = (highs[t] + lows[t]) * .5f;
         halves[t] = (highs[t] - lows[t]) * .5f;
     }
     uint8_t *shared = p->to->v.shared + chunk * p->to->v.shared_bytes;
