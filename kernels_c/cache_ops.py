@@ -69,8 +69,8 @@ class CacheOps:
         formats, _alive = _format_data([span], data, G, D)
         turned = span.formats in _PRE_ROPE and span.k_bits < 16
         if turned and not 0 <= positions.min() <= positions.max() <= formats.P - chunk:
-            raise KernelError(f"pack: chunks of {chunk} begin at positions {positions.min()} to {positions.max()}, but cos "
-                              f"and sin have {formats.P} rows")  # fmt: skip
+            raise KernelError(f"pack: chunks of {chunk} begin at positions {positions.min()} to {positions.max()}, but "
+                              f"cos and sin have {formats.P} rows")  # fmt: skip
         args = pointer("k", k, (G, S, D), F16), pointer("v", v, (G, S, D), F16), record
         rows = pointer("starts", starts, (span.n,), I32), pointer("positions", positions, (span.n,), I32)
         check(self._pack(*args, *rows, formats, S, G, D, chunk), "pack")
