@@ -174,14 +174,19 @@ def run_case(model: Model, plan: Planned, name: str, rounds: int, steps: int, be
         for values, value in ((case.prefill, timing.prefill), (case.pack, timing.pack), (case.plan, timing.plan),
                               (case.wait, timing.wait)):
             values.append(value)
-        case.steps += [round(seconds, 7) for seconds in _timed_steps(answer)[warm:]]
-        _check(reading)
+        case.steps += [round(seconds, 7) for seconds in timed_steps(answer)[warm:]]
+        check_reading(reading)
         del reading, answer
         gc.collect()
     # The pool gives nothing back before release(): what is missing now is the peak.
     case.memory, case.pool = before - cupy.cuda.runtime.memGetInfo()[0], cupy.get_default_memory_pool().total_bytes()
     release()
     return case
+
+
+def unread_weights(model: Model) -> int:
+    """Bytes of an embedding that is no head: a step reads one row of it."""
+    return 0 if model.config.tie_embeddings else int(model.weights.embed.array.nbytes)
 
 
 def multiply_adds(config: ModelConfig, tokens: int) -> int:
@@ -206,7 +211,7 @@ def release() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
 
 
-def _timed_steps(answer: Iterator[int]) -> list[float]:
+def timed_steps(answer: Iterator[int]) -> list[float]:
     seconds = []
     while True:
         begin = time.perf_counter()
@@ -215,7 +220,7 @@ def _timed_steps(answer: Iterator[int]) -> list[float]:
         seconds.append(time.perf_counter() - begin)
 
 
-def _check(reading: Reading) -> None:
+def check_reading(reading: Reading) -> None:
     """A fast step that computes nothing must not pass for a fast step."""
     logits = reading.force([5, 6, 7])
     if not np.isfinite(logits).all() or not logits.std(axis=1).min() > 0 or np.array_equal(logits[1], logits[2]):
@@ -225,10 +230,9 @@ def _check(reading: Reading) -> None:
 def _step_bytes(model: Model, layout: Layout, steps: int) -> int:
     """Every weight but an embedding that is no head (one row of it), and the arena without the tail slots that are
     still empty."""
-    weights, config = model.weights, model.config
-    unread = 0 if config.tie_embeddings else weights.embed.array.nbytes
+    config = model.config
     token = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim  # K and V at FP16
-    return weights.nbytes - unread + ArenaLayout(layout).nbytes - token * steps // 2
+    return model.weights.nbytes - unread_weights(model) + ArenaLayout(layout).nbytes - token * steps // 2
 
 
 def _parts(model: Model, layout: Layout) -> dict[str, int]:
