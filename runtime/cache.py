@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.arena import ArenaLayout
 from runtime.backend import (
@@ -21,6 +22,7 @@ from runtime.backend import (
 )
 from runtime.config import ModelConfig
 from runtime.errors import BackendError, OutOfMemory, PlanError
+from runtime.formats import Kind, block_bytes
 from runtime.layerwise import LayerChoices
 from runtime.plan import Layout, Plan
 
@@ -107,6 +109,31 @@ class Cache:
         pack, wait = (sum(self._backend.seconds(begin, end) for begin, end in marks)
                       for marks in (self._packing, self._waiting))
         return pack, self._making, min(wait, self._making)
+
+    def outliers(self) -> tuple[int, int]:
+        """How many values the sparse stores of all packed chunks keep, and how many found no room; kvquant only."""
+        if self.layout.formats != "kvquant":
+            return 0, 0
+        totals = np.zeros(2, np.int64)
+        for spans, flushed in zip(self.spans, self.flushed, strict=True):
+            packed = [*spans, self.sizes.part(flushed, 0, self._n_flushed)] if flushed is not None else spans
+            for span in packed:
+                sides: tuple[tuple[Kind, int, int, int], ...] = (
+                    ("K", span.k_bits, span.k_meta, span.k_meta_stride),
+                    ("V", span.v_bits, span.v_meta, span.v_meta_stride))
+                for kind, bits, offset, stride in sides:
+                    totals += self._kept(span.n, block_bytes(kind, bits, self.layout.chunk, self.layout.head_dim,
+                                                             "kvquant").meta, offset, stride)
+        return int(totals[0]), int(totals[1])
+
+    def _kept(self, n: int, block: int, offset: int, stride: int) -> npt.NDArray[np.int64]:
+        """Sums (2,) of the two counts with which every sparse store begins."""
+        totals = np.zeros(2, np.int64)
+        for head in range(self.layout.n_kv_heads if block else 0):
+            begin = offset + head * stride
+            stores = self.arena[begin : begin + n * block].view(np.uint16).reshape(n, block // 2)
+            totals += self._backend.download(stores[:, :2]).sum(axis=0, dtype=np.int64)
+        return totals
 
     def start(self) -> None:
         """Set the state to the prompt's end: drawing the first id, or advancing with it, makes it the one to decode."""

@@ -23,11 +23,15 @@ from cocktail.model import Model
 from cocktail.policies import load_policy
 from cocktail.policies.pairs import fingerprint
 from runtime.arena import ArenaLayout
+from runtime.backend import load_backend
 from runtime.chat import ChatTemplate
 from runtime.checkpoint import Checkpoint
+from runtime.engine import read
 from runtime.errors import PlanError
 from runtime.format_data import format_data
+from runtime.formats import kvquant, turn_back
 from runtime.model import Model as Engine
+from runtime.model import prefill
 from runtime.plan import FP16, HIDDEN, DocumentShape, Plan, Tier
 from runtime.tokenizer import Tokenizer
 from runtime.weights import load_weights
@@ -187,6 +191,53 @@ def test_logits_are_those_of_attention_over_the_decoded_values(label: str, path:
         assert plan.layout.flushed(ANSWER - 1) > plan.layout.flushed(0)
     again = document.ask(QUESTION, plan=Plan.from_json(plan.to_json()))
     assert again.ids == answer.ids and again.stats.cache_bytes == answer.stats.cache_bytes
+
+
+@pytest.mark.parametrize("label", POLICIES)
+def test_the_cpu_backend_follows_every_policy(label: str, path: Path, tmp_path: Path) -> None:
+    (name, options), oracle = POLICIES[label], load(path, NumpyBackend())
+    options = options_for(options, name, oracle, tmp_path)
+    plan = oracle.read(HANDBOOK[:2500]).plan(QUESTION, policy=name, max_tokens=ANSWER, **options)
+    expected, actual = (forced_by(model, plan) for model in (oracle, load(path, load_backend("cpu", threads=1))))
+    exact = forced_by(oracle, oracle.read(HANDBOOK[:2500]).plan(QUESTION, policy="fp16", max_tokens=ANSWER))
+    # Float32 here and float64 there round some K and V to other FP16 values, and now and then one to another code.
+    assert rms(actual - expected) <= 2e-3 + 0.05 * rms(expected - exact)
+
+
+def test_outliers_that_find_no_room_are_counted(path: Path, tmp_path: Path) -> None:
+    """As many as the reference keeps of the same K and V."""
+    model = load(path, load_backend("cpu", threads=1))
+    file = decoded_ref.save_calibration(tmp_path / "levels.safetensors", model.config)
+    document, C = model.read(HANDBOOK[:2500]), 32
+    plan, ids = document.plan(QUESTION, policy="kvquant", calibration=file, max_tokens=4), document.prompt(QUESTION)
+    rope, expected = model.engine.rope(len(ids), len(ids) + 4), np.zeros(2, np.int64)
+    data = format_data(NumpyBackend(), model.config, plan.layout, rope)
+    n = plan.layout.n_chunks + plan.layout.flushed(0)
+    rows = plan.layout.prefix + np.arange(n * C).reshape(n, C)
+
+    def count(layer: int, k: Any, v: Any) -> None:
+        d, (k, v) = data[layer], (np.asarray(x)[:, rows].swapaxes(0, 1) for x in (k, v))
+        before = turn_back(k, *(np.asarray(table)[rows][:, None] for table in (d.cos, d.sin)))
+        for encoded in (kvquant.encode_k(before, 4, kvquant.levels_of(d.k_levels, 4), d.k_centre, d.k_half),
+                        kvquant.encode_v(v, 4, kvquant.levels_of(d.v_levels, 4))):
+            expected[:] += [int(x.sum()) for x in (encoded.sparse.kept, encoded.sparse.overflowed)]
+
+    logits = model.engine.backend.empty((1, model.config.vocab_size), np.float32)
+    for _ in prefill(model.engine, ids, rope, [SimpleNamespace(pack=count)], logits, 512):  # type: ignore[list-item]
+        pass
+    cache = read(model.engine, ids, [plan]).caches[0]
+    cache.start()
+    assert cache.outliers() == tuple(expected) and expected.min() > 0
+    assert read(model.engine, ids, [document.plan(QUESTION, policy="fp16")]).caches[0].outliers() == (0, 0)
+
+
+def rms(x: Any) -> float:
+    return float(np.sqrt(np.square(x).mean()))
+
+
+def forced_by(model: Model, plan: Plan) -> Any:
+    ids = np.random.default_rng(8).integers(2, model.config.vocab_size, ANSWER)
+    return model.read(HANDBOOK[:2500]).logits(QUESTION, ids.tolist(), plan=plan)
 
 
 def test_a_calibration_with_another_fingerprint_is_refused(path: Path, tmp_path: Path) -> None:
