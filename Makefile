@@ -45,7 +45,7 @@ check: $(VENV)/.test
 	$(RUN) -m mypy
 
 bench: $(VENV)/.test $(DEMO)
-	$(RUN) -m bench.quality --quick --without kvquant kvtuner kivi atom cocktail-kivi
+	$(RUN) -m bench.quality --quick --without kvquant kvtuner
 	$(RUN) -m bench.decode --backend cpu
 
 # Packing, decode attention and prefill attention are a property each: 3 x EXAMPLES; every other property takes a fifth.
