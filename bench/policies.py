@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = measure_rates(backend)
     release()
     before, figures = cupy.cuda.runtime.memGetInfo()[0], []
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    print(f"{device}; read rate {read_rate(rates) / 1e12:.3f} TB/s; one sequence, random FP16 weights")
     model: Model | None = None
     for name in sorted(args.shapes, key=lambda name: (str(_sizes(name)), name)):  # equal sizes behind one another
         if model is None or _sizes(name) != _sizes_of(model.config):
@@ -113,13 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = replace(model, config=ModelConfig.from_json(
             {**SHAPES[name], "max_position_embeddings": max(args.contexts) + 1024}))
         for context in args.contexts:
-            figures += measure(model, name, context, args.policies, args.budgets, read_rate(rates), before)
-    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    print(f"{device}; read rate {read_rate(rates) / 1e12:.3f} TB/s; one sequence, random FP16 weights")
-    for name in args.shapes:
-        for context in args.contexts:
-            report(name, context, [each for each in figures if (each.shape, each.context) == (name, context)],
-                   args.budgets)
+            found = measure(model, name, context, args.policies, args.budgets, read_rate(rates), before)
+            report(name, context, found, args.budgets)
+            figures += found
     emit({"bench": "policies", "run": describe_run(), "device": device, "rates": rates, "budgets": args.budgets,
           "figures": [asdict(figure) for figure in figures]}, args.json)
 
