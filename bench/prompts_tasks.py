@@ -5,7 +5,8 @@
               alone do not find the chunk.
     lookup    numbers under names, spread over the document; the question asks for one of them.
     copy      a sentence of the document is to be repeated; the question quotes its beginning.
-    classify  the document is labelled examples of real text; one more is to be labelled. No single chunk is needed.
+    classify  the document is labelled examples of real text; one more is to be labelled, which the answer begins with
+              as the examples do. No single chunk is needed.
     continue  the text goes on; there is no question. No single chunk is needed.
 """
 
@@ -81,12 +82,12 @@ LOOKUP_LEAD = "The number of {name} is"
 COPY_QUERY = 'Repeat word for word the sentence that begins with "{beginning}"'
 QUOTED_WORDS = 6  # of a sentence to copy
 
-CLASSES = {"formal grammar": re.compile("::="), "python session": re.compile("^ *>>> ", re.MULTILINE),
-           "plain prose": re.compile(r"\A(?!.*(?:::=|>>>))[A-Z][^\n]*\n[^\n]*", re.DOTALL)}
+CLASSES = {"rule": re.compile("::="), "console": re.compile("^ *>>> ", re.MULTILINE),
+           "text": re.compile(r"\A(?!.*(?:::=|>>>))[A-Z][^\n]*\n[^\n]*", re.DOTALL)}
 EXAMPLE = "Text:\n{text}\nCategory: {label}"
 EXAMPLE_CHARACTERS = 240  # of its text, at most
-CLASSIFY_QUERY = "Text:\n{text}\nWhich category is this last text? Answer with a category as above."
-CLASSIFY_LEAD = "Category:"
+CLASSIFY_QUERY = "Label one more text in the same way."
+CLASSIFY_LEAD = "Text:\n{text}\nCategory:"
 
 CONTINUED_WORDS = 24
 
@@ -144,7 +145,7 @@ def classify(paragraphs: Sequence[str], size: int, count: Count, rng: np.random.
             for label in labels}
     order = {label: [texts[i] for i in rng.permutation(len(texts))] for label, texts in kept.items()}
     asked = labels[int(rng.integers(len(labels)))]
-    query = CLASSIFY_QUERY.format(text=order[asked].pop())
+    lead = CLASSIFY_LEAD.format(text=order[asked].pop())
     examples: list[str] = []
     tokens = 0
     while True:
@@ -155,7 +156,7 @@ def classify(paragraphs: Sequence[str], size: int, count: Count, rng: np.random.
             example = EXAMPLE.format(text=texts.pop(), label=labels[i])
             tokens += count(example + "\n\n")
             if tokens > size:
-                return Asked("\n\n".join(examples), query, CLASSIFY_LEAD, f" {asked}", None)
+                return Asked("\n\n".join(examples), CLASSIFY_QUERY, lead, f" {asked}", None)
             examples.append(example)
 
 

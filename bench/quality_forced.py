@@ -18,6 +18,7 @@ import numpy.typing as npt
 from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT, STATE_TOKEN, Array
 from runtime.cache import Cache
 from runtime.engine import Reading
+from runtime.errors import PromptError
 from runtime.model import Model, StepBuffers, decode_step
 
 
@@ -28,7 +29,9 @@ def force(reading: Reading, answer: Sequence[int], cache: int) -> npt.NDArray[np
     that pack their tail while they decode are forced token by token.
     """
     target, backend = reading.caches[cache], reading.model.backend
-    if len(answer) < 2 or getattr(target.layout, "flush", None) is not None:
+    if len(answer) > target.layout.max_new + 1:
+        raise PromptError(f"the answer to force has {len(answer)} ids; expected at most {target.layout.max_new + 1}")
+    if len(answer) < 2 or target.layout.flush is not None:
         return reading.force(answer, cache)
     rows = _Rows.of(target, reading.model, answer[:-1])
     buffers = StepBuffers.allocate(reading.model.config, backend, len(rows.token))

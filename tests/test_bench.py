@@ -78,7 +78,7 @@ def test_classes_have_examples_and_the_asked_text_is_none_of_them(prompts):
         labels = Counter(re.findall(r"^Category: (.*)$", prompt.context, re.MULTILINE))
         assert set(labels) == set(CLASSES)
         assert max(labels.values()) - min(labels.values()) <= 0.5 * max(labels.values())
-        text = prompt.query.split("Text:\n")[1].rsplit("\n", 1)[0]
+        text = prompt.lead.removeprefix("Text:\n").removesuffix("\nCategory:")
         assert text not in prompt.context
         assert [label for label, pattern in CLASSES.items() if pattern.search(text)] == [prompt.answer.strip()]
 

@@ -43,7 +43,7 @@ from bench.quality_settings import cocktail as thresholds
 from bench.quality_sweeps import CHUNKS, SWEEPS, sweep_of
 from cocktail.scorers import load_scorer
 from runtime.engine import read
-from runtime.errors import PlanError
+from runtime.errors import PlanError, PromptError
 from runtime.plan import FP16 as FP16_TIER
 from runtime.plan import DocumentShape, Plan, Tier
 
@@ -74,7 +74,8 @@ def question(context: str, kind: str, lead: str, answer: str) -> Prompt:
 # Forcing.
 
 @pytest.mark.parametrize("options", [{"policy": "fp16"}, {"policy": "uniform", "tier": "K3V2"},
-                                     {"policy": "budget", "kv_bits": 3.4}, {"policy": "cocktail", "no_reorder": True}])
+                                     {"policy": "budget", "kv_bits": 3.4}, {"policy": "cocktail", "no_reorder": True},
+                                     {"policy": "atom"}, {"policy": "kivi", "bits": 4, "residual": 0}])
 @pytest.mark.parametrize("n", [1, 2, 17])
 def test_forcing_at_once_is_forcing_token_by_token(model, context, options, n):
     document = model.read(context)
@@ -85,6 +86,13 @@ def test_forcing_at_once_is_forcing_token_by_token(model, context, options, n):
     np.testing.assert_allclose(force(reading, answer, 1), expected, atol=1e-4)
     np.testing.assert_array_equal(force(reading, answer, 1)[0], expected[0])
     np.testing.assert_array_equal(reading.force(answer, 1), expected)  # and leaves nothing behind
+
+
+def test_an_answer_longer_than_its_room_is_refused(model, context):
+    document = model.read(context)
+    reading = read(model.engine, document.prompt("When?"), [document.plan("When?", policy="fp16", max_tokens=4)])
+    with pytest.raises(PromptError, match="6 ids; expected at most 5"):
+        force(reading, [3] * 6, 0)
 
 
 # Figures of one prompt.
