@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail and budget: "
                        "the least of every layer")
     cache.add_argument("--pairs-bits", metavar="BITS", type=_number, help="the file's best trade-off up to so many")
-    cache.add_argument("--sink", metavar="N", type=_at_least(0), help="first chunks that stay FP16 (1)")
+    cache.add_argument("--sink", metavar="N", type=_at_least(0),
+                       help="first chunks that stay FP16 (0 behind a chat header, else 1)")
     cache.add_argument("--chunk", metavar="TOKENS", type=_at_least(1), help="tokens per chunk, a multiple of 8 (32)")
     cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
     cache.add_argument("--plan-out", metavar="FILE", help="write the plan as JSON")

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     texts.add_argument("--tokens", metavar="N", type=int, default=1024, help="of a prompt cut from --text (1024)")
     texts.add_argument("--answer-tokens", metavar="N", type=int, default=24, help="compared per prompt, at most (24)")
     texts.add_argument("--chunk", metavar="TOKENS", type=int, default=32, help="as at run time (32)")
-    texts.add_argument("--sink", metavar="N", type=int, default=1, help="first chunks that stay FP16 (1)")
+    texts.add_argument("--sink", metavar="N", type=int, help="first chunks that stay FP16 (as the policies)")
     texts.add_argument("--seed", metavar="N", type=int, default=0, help="of the text's windows and of the search (0)")
 
     search = p.add_argument_group("search")
@@ -129,7 +129,7 @@ def _check(options: argparse.Namespace) -> None:
     if (options.prompts is None) == (options.text is None):
         raise PromptError("calibration needs prompts: give one of --prompts and --text")
     for name, low in (("count", 1), ("tokens", 1), ("answer_tokens", 2), ("trials", 1), ("sink", 0), ("seed", 0)):
-        if getattr(options, name) < low:
+        if getattr(options, name) is not None and getattr(options, name) < low:
             raise TuneError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least {low}")
     if options.population is not None and options.population < 2:
         raise TuneError(f"--population is {options.population}; expected at least 2")

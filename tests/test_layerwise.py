@@ -111,8 +111,8 @@ def test_the_rows_are_the_querys_own(doc):
 
 
 def test_every_layer_ranks_by_its_own_attention(doc):
-    planned = doc.pending(QUESTION, scorer="attention", kv_bits=KV_BITS, max_tokens=2)
-    plan, policy = doc.plan(QUESTION, scorer="attention", kv_bits=KV_BITS, max_tokens=2), load_policy(kv_bits=KV_BITS)
+    options = {"scorer": "attention", "kv_bits": KV_BITS, "sink": 1, "max_tokens": 2}
+    planned, plan, policy = doc.pending(QUESTION, **options), doc.plan(QUESTION, **options), load_policy()
     masses, _ = observed(doc, doc.model.backend.prefill_tile)
     assert plan.layout == planned.layout
     assert len(set(plan.assignment)) == len(masses)

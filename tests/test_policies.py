@@ -1,5 +1,6 @@
 """Policies: the paper's thresholds and its pitfalls; a budget that is never exceeded, well spent, and monotone."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cocktail.policies import Policy, default_query, load_policy
-from cocktail.policies.budget import LADDER, MILESTONES, parse_bytes
+from cocktail.policies.budget import DEFAULT_TIERS, LADDER, MILESTONES, parse_bytes
 from cocktail.scorers import load_scorer
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
@@ -71,6 +72,16 @@ def test_sink_is_fp16_and_only_hidden_chunks_are_not_stored(name: str, scored: t
         assert (tier == HIDDEN) == (chunk in shape.hidden_chunks())
         assert tier in (FP16, HIDDEN) or (chunk >= sink and name != "fp16")
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", ["budget", "cocktail", "uniform"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_behind_a_chat_header_no_chunk_is_the_sink(name: str, window: int | None) -> None:
+    for prefix, sink in ((0, 1), (3, 1), (4, 0), (30, 0)):
+        shape, scores = replace(shape_of(12, window=window), prefix=prefix), np.arange(12, dtype=np.float32)
+        policies = [load_policy(name, **({"tier": "K4V2"} if name == "uniform" else {}), **options)
+                    for options in ({}, {"sink": sink})]
+        assert policies[0].plan(shape, scores) == policies[1].plan(shape, scores)
 
 
 @settings(deadline=None)
@@ -246,7 +257,7 @@ def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShap
     upgraded = []
     for i, tier in enumerate(tiers):
         if tier not in (FP16, HIDDEN):
-            better = [*tiers[:i], LADDER[LADDER.index(tier) + 1], *tiers[i + 1:]]
+            better = [*tiers[:i], DEFAULT_TIERS[DEFAULT_TIERS.index(tier) + 1], *tiers[i + 1:]]
             counts = {t: better.count(t) for t in better}
             upgraded.append(ArenaLayout(shape.layout(counts.keys(), counts.values())).context_bytes)
     values = 8 * ArenaLayout(plan.layout).context_bytes / bits_per_value(plan)
@@ -271,14 +282,16 @@ def test_more_budget_never_takes_bits_from_a_chunk(scored: tuple[DocumentShape, 
 def test_large_budget_is_fp16_throughout_and_the_minimum_is_k2v2() -> None:
     shape, scores = shape_of(40), np.arange(40, dtype=np.float32)
     assert tiers_of(budget(kv_bits=20).plan(shape, scores)) == [FP16] * 40
-    with pytest.raises(PlanError, match="K2V2 for all but 1 sink chunks") as error:
-        budget(kv_bits=2).plan(shape, scores)
-    least = float(str(error.value).split("expected at least ")[1].split(",")[0])
-    assert tiers_of(budget(kv_bits=least).plan(shape, scores)) == [FP16] + [INT2] * 39
+    for sink, where in ((0, "throughout"), (1, "for all but 1 sink chunks")):
+        with pytest.raises(PlanError, match=f"K2V2 {where}") as error:
+            budget(kv_bits=2, sink=sink).plan(shape, scores)
+        least = float(str(error.value).split("expected at least ")[1].split(",")[0])
+        found = tiers_of(budget(kv_bits=least, sink=sink).plan(shape, scores))
+        assert found == [FP16] * sink + [INT2] * (40 - sink)
 
 
 @pytest.mark.parametrize(("bits", "low", "middle", "high"), [
-    (3.3, Tier(3, 2), (0.08, 0.2), (0.02, 0.05)), (3.7, Tier(3, 2), (0.2, 0.35), (0.03, 0.06)),
+    (3.3, Tier(3, 2), (0.25, 0.35), (0.02, 0.04)), (3.8, Tier(4, 3), (0.6, 0.8), (0.04, 0.06)),
 ])
 def test_usual_budgets_give_the_measured_mixes(bits: float, low: Tier, middle: tuple[float, float],
                                                high: tuple[float, float]) -> None:
@@ -287,8 +300,8 @@ def test_usual_budgets_give_the_measured_mixes(bits: float, low: Tier, middle: t
     assert bits - 0.02 < bits_per_value(plan) <= Fraction(str(bits))
     tiers = tiers_of(plan)
     assert max(set(tiers), key=tiers.count) == low
-    assert middle[0] <= tiers.count(Tier(4, 4)) / n <= middle[1]
-    assert high[0] <= tiers.count(Tier(8, 8)) / n <= high[1]
+    assert middle[0] <= tiers.count(Tier(4, 3)) / n <= middle[1]
+    assert high[0] <= tiers.count(Tier(8, 4)) / n <= high[1]
 
 
 def test_equal_scores_prefer_earlier_chunks() -> None:
@@ -308,10 +321,12 @@ def test_hidden_chunks_cost_nothing() -> None:
 
 
 def test_default_is_3_3_bits_and_never_less_than_the_measured_mix() -> None:
-    long, short = (budget().plan(shape_of(n), np.arange(n, dtype=np.float32)) for n in (1000, 20))
+    long, short, sunk = (budget(sink=sink).plan(shape_of(n), np.arange(n, dtype=np.float32))
+                         for n, sink in ((1000, None), (20, None), (20, 1)))
     assert 3.29 < bits_per_value(long) <= Fraction("3.3") and long.notes == ()
-    assert tiers_of(short).count(Tier(3, 2)) == 17 and INT2 not in tiers_of(short)
-    assert len(short.notes) == 1 and "3.90 bits per value" in short.notes[0]
+    assert bits_per_value(short) <= Fraction("3.3") and INT2 not in tiers_of(short) and short.notes == ()
+    assert tiers_of(sunk).count(Tier(3, 2)) == 16 and INT2 not in tiers_of(sunk)
+    assert len(sunk.notes) == 1 and "3.83 bits per value" in sunk.notes[0]
 
 
 def test_tiers_left_out_send_their_chunks_one_higher() -> None:
@@ -336,7 +351,7 @@ def test_fixed_shares() -> None:
     ({"kv_budget": "lots"}, "kv_budget is 'lots'"), ({"kv_budget": -5}, "kv_budget is -5"),
     ({"tiers": "K4V4,K2V2"}, "low to high"), ({"tiers": "K4V2,K2V4"}, "low to high"), ({"tiers": ""}, "tier ''"),
     ({"tiers": ()}, "low to high"), ({"tiers": "K4V4,K4V4"}, "low to high"), ({"tiers": "K0V0,K4V4"}, "width 0"),
-    ({"tiers": "K2V3,K4V8"}, "with a budget expected some of K2V2"), ({"shares": (0.1,)}, "1 shares for 6 tiers"),
+    ({"tiers": "K2V3,K4V8"}, "with a budget expected some of K2V2"), ({"shares": (0.1,)}, "1 shares for 7 tiers"),
     ({"tiers": "K2V2,K4V4", "shares": (1.1,)}, "sum of at most 1"), ({"tiers": "K2V2,K4V4", "shares": "a"}, "numbers"),
     ({"tiers": "K2V2,K4V4", "shares": (float("nan"),)}, "numbers from 0 to 1"),
 ])

@@ -73,7 +73,7 @@ def test_the_cost_is_the_kl_that_a_document_shows(model: Model, calibration: Cal
 def test_what_was_calibrated_on_is_described(calibration: Calibration) -> None:
     shapes = [sample.shape for sample in calibration.samples]
     assert calibration.described == {
-        "prompts": 2, "sink": 1, "chunk": 32, "context_tokens": 32 * sum(shape.n_chunks for shape in shapes),
+        "prompts": 2, "sink": None, "chunk": 32, "context_tokens": 32 * sum(shape.n_chunks for shape in shapes),
         "answer_tokens": sum(len(sample.answer) - 1 for sample in calibration.samples)}
 
 
@@ -295,7 +295,7 @@ def test_prompts_of_a_text_are_windows_of_it(model: Model) -> None:
 
 
 @pytest.mark.parametrize(("prompts", "message"), [
-    ([], "no calibration prompt"), ([Prompt(TEXT[:40], "Who?")], "calibration prompt 1 has 1 whole chunks"),
+    ([], "no calibration prompt"), ([Prompt(TEXT[:20], "Who?")], "calibration prompt 1 has 0 whole chunks"),
     ([PROMPTS[0], Prompt(TEXT[:1500], "Who?", "")], "calibration prompt 2: its answer has 0 tokens"),
 ])
 def test_prompts_that_measure_nothing_are_refused(model: Model, prompts: list[Prompt], message: str) -> None:

@@ -9,8 +9,9 @@
     cocktail  the paper's thresholds on the scores (cocktail.policies.thresholds)
     budget    rank the chunks, spend a number of bits or bytes (cocktail.policies.budget); the default
 
-What they share: the first `sink` chunks (default 1; none under the three baselines) stay FP16 whatever their score, and
-chunks that a sliding window hides from every decoded token are not stored (width 0), the sink included.
+What they share: the first `sink` chunks stay FP16 whatever their score (by default one, but none where a chat header,
+which is FP16 anyway, comes before them, nor under the three baselines), and chunks that a sliding window hides from
+every decoded token are not stored (width 0), the sink included.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from runtime.model import Model as Engine
 
 DEFAULT_POLICY = "budget"
-DEFAULT_SINK = 1  # chunks; the first tokens draw attention from everywhere, whatever they say
+# The first tokens draw attention from everywhere, whatever they say. Those of a chat header stay FP16 anyway; behind
+# one, a first chunk at FP16 gains nothing (bench/LOG.md): it is kept only where the header is shorter than this.
+SINK_TOKENS = 4
 
 POLICIES = {
     "fp16": ("cocktail.policies.fp16", "Fp16Policy"),
@@ -113,15 +116,18 @@ def default_query(instruction: str | None, end: str) -> str:
 
 # What the policies share.
 
-def check_sink(sink: int) -> int:
-    if type(sink) is not int or sink < 0:
+def check_sink(sink: int | None) -> int | None:
+    if sink is not None and (type(sink) is not int or sink < 0):
         raise PlanError(f"sink is {sink!r}; expected a number of chunks, 0 or more")
     return sink
 
 
-def sink_chunks(shape: DocumentShape, sink: int) -> range:
-    """The chunks that stay FP16 as the sink: the first ones, unless a sliding window hides them."""
+def sink_chunks(shape: DocumentShape, sink: int | None) -> range:
+    """The chunks that stay FP16 as the sink: the first ones, unless a sliding window hides them. None: one chunk where
+    the prefix has less than SINK_TOKENS tokens, else none."""
     first = len(shape.hidden_chunks())
+    if sink is None:
+        sink = int(shape.prefix < SINK_TOKENS)
     return range(first, max(first, min(sink, shape.n_chunks)))
 
 

@@ -30,7 +30,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cocktail.policies import (
-    DEFAULT_SINK,
     LayerPolicy,
     check_sink,
     checked_scores,
@@ -51,26 +50,32 @@ if TYPE_CHECKING:
 
 DEFAULT_KV_BITS = 3.3
 
-LADDER = (Tier(2, 2), Tier(3, 2), Tier(4, 2), Tier(4, 4), Tier(8, 8), FP16)
+LADDER = (Tier(2, 2), Tier(3, 2), Tier(4, 2), Tier(4, 3), Tier(4, 4), Tier(8, 4), Tier(8, 8), FP16)
+DEFAULT_TIERS = tuple(tier for tier in LADDER if tier != Tier(4, 2))  # nothing is gained by stopping there
 
 # Share of the ranked chunks at or above each tier of LADDER but the first, at points along the path; linear in between.
-# From bench.quality's method on a 135M model with D = 64 (KL to FP16 at bits per value, BM25 + MiniLM):
+# What each rank loses at each width of K and of V was measured by itself on a 135M model with D = 64, the ranks by BM25
+# and MiniLM, and the bits were given where they save most KL (bench/LOG.md): the KL per bit of neighbouring ranks and
+# tiers is about equal at each point. The best 3% lose 50 times as much as the median, and K several times as much as V.
 MILESTONES = (
-    # K3V2 K4V2 K4V4 K8V8 FP16
-    (0.00, 0.00, 0.00, 0.00, 0.0),  # K2V2 throughout: the minimum
-    (0.13, 0.13, 0.13, 0.03, 0.0),  # 3% high and 10% middle pay more at first than a better base
-    (1.00, 0.13, 0.13, 0.03, 0.0),  # K3V2 with 3% and 10%: .018 at 3.3 bpv (K3V2 throughout: .068 at 3.2)
-    (1.00, 0.35, 0.35, 0.05, 0.0),  # K3V2 with 5% and 30%: .008 at 3.75
-    (1.00, 1.00, 0.35, 0.05, 0.0),  # K4V2 with 5% and 30%: .0045 at 4.2
-    (1.00, 1.00, 1.00, 0.15, 0.0),  # K4V4 throughout is worse than the line above: its top must grow with it
-    (1.00, 1.00, 1.00, 1.00, 0.0),  # 8 bits are as good as 16 and cost half, so they come first
-    (1.00, 1.00, 1.00, 1.00, 1.0),
+    # K3V2 K4V2 K4V3 K4V4 K8V4 K8V8 FP16          bits per value at D = 64 and chunks of 32
+    (0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.0),  # 2.4: K2V2 throughout, the minimum
+    (0.35, 0.10, 0.10, 0.03, 0.00, 0.00, 0.0),  # 2.7: a little at the top pays more at first than a better base
+    (1.00, 0.15, 0.12, 0.03, 0.03, 0.00, 0.0),  # 3.1
+    (1.00, 0.33, 0.25, 0.04, 0.03, 0.00, 0.0),  # 3.3
+    (1.00, 0.70, 0.60, 0.07, 0.05, 0.01, 0.0),  # 3.7
+    (1.00, 1.00, 1.00, 0.10, 0.07, 0.02, 0.0),  # 4.1: K4V3 loses no more than twice what K4V4 does
+    (1.00, 1.00, 1.00, 0.35, 0.12, 0.03, 0.0),  # 4.4
+    (1.00, 1.00, 1.00, 1.00, 0.25, 0.05, 0.0),  # 5.0
+    (1.00, 1.00, 1.00, 1.00, 1.00, 0.20, 0.0),
+    (1.00, 1.00, 1.00, 1.00, 1.00, 1.00, 0.0),  # 8 bits are as good as 16 and cost half, so they come first
+    (1.00, 1.00, 1.00, 1.00, 1.00, 1.00, 1.0),
 )
 # Without any budget of the user's, a short document, whose FP16 sink alone takes most of 3.3 bits, still gets this mix.
 LEAST_BY_DEFAULT = 2
-# Pairs are affordable as a floor when the lifts up to here are too: half way to the first milestone. Asking for all of
-# it takes so low a floor at 3 bpv that the KL doubles; from 3.3 on the choice of floor hardly matters.
-FIRST_LIFTS = 0.5
+# Pairs are affordable as a floor when the lifts up to here are too: half way to the mix of 3.1 bits. A floor that takes
+# the lifts of the best ranks costs up to 1.7 times the KL at 3.3 bits; one that leaves more loses what pairs gain.
+FIRST_LIFTS = 1.5
 
 
 class BudgetPolicy(LayerPolicy):
@@ -80,9 +85,10 @@ class BudgetPolicy(LayerPolicy):
     kv_bits: bits per value = context bytes * 8 / values of the stored context chunks (the sink in, the tail out;
         chunks hidden by a sliding window count on neither side).
     kv_budget: bytes of the whole arena, tail included; a number or text such as "200MiB".
-    tiers: low to high, as "K3V2,K4V4,K8V8"; where a tier of LADDER is left out, its chunks go one higher.
+    tiers: low to high, as "K3V2,K4V4,K8V8", by default DEFAULT_TIERS; where a tier of LADDER is left out, its chunks go
+        one higher.
     shares: no budget but fixed shares of the ranked chunks for each of `tiers` but the first, as (0.1, 0.03).
-    sink: leading chunks at FP16, outside the ranking but inside the budget.
+    sink: leading chunks at FP16, outside the ranking but inside the budget; None as cocktail.policies says.
     pairs, pairs_bits: a floor for every layer (cocktail.policies.pairs): with pairs_bits the file's most accurate
         trade-off of at most so many bits, without it the one that suits the budget, with shares the file's choice.
 
@@ -95,7 +101,7 @@ class BudgetPolicy(LayerPolicy):
 
     def __init__(self, kv_bits: float | None = None, kv_budget: int | str | None = None,
                  tiers: str | Sequence[Tier] | None = None, shares: str | Sequence[float] | None = None,
-                 sink: int = DEFAULT_SINK, pairs: str | Path | LayerPairs | None = None,
+                 sink: int | None = None, pairs: str | Path | LayerPairs | None = None,
                  pairs_bits: float | None = None):
         given = [name for name, value in (("kv_bits", kv_bits), ("kv_budget", kv_budget), ("shares", shares))
                  if value is not None]
@@ -199,7 +205,8 @@ class BudgetPolicy(LayerPolicy):
     def _below_minimum(self, shape: DocumentShape) -> PlanError:
         least = self._arena(shape, np.zeros(0, np.int64), self.floors[-1])
         pair = "" if self.floors[-1] is None else " or the layer's pair"
-        lowest = f"{self.tiers[0]}{pair} for all but {len(sink_chunks(shape, self.sink))} sink chunks"
+        sink = len(sink_chunks(shape, self.sink))
+        lowest = f"{self.tiers[0]}{pair} " + (f"for all but {sink} sink chunks" if sink else "throughout")
         if self.kv_bits is not None:
             bits = ceil(Fraction(8000 * least.context_bytes, _values(shape))) / 1000
             return PlanError(f"policy budget: kv_bits is {self.kv_bits:g}; expected at least {bits:.3f}, "
@@ -279,7 +286,7 @@ def _chunk_bytes(shape: DocumentShape, tier: Tier, pairs: LayerPairs | None) -> 
 
 def _tiers(tiers: str | Sequence[Tier] | None, ladder_only: bool) -> tuple[Tier, ...]:
     if tiers is None:
-        return LADDER
+        return DEFAULT_TIERS
     parsed = tuple(Tier.parse(part.strip()) for part in tiers.split(",")) if isinstance(tiers, str) else tuple(tiers)
     names = ",".join(map(str, parsed))
     if not parsed or any(a == b or a.k_bits > b.k_bits or a.v_bits > b.v_bits for a, b in pairwise(parsed)):

@@ -7,7 +7,8 @@ silent:
 - No whole chunk: there is nothing to quantize, everything is in the FP16 tail.
 - alpha + beta >= 1 puts T_low at or above T_high: refused.
 - A score that is not finite counts as the lowest finite one, with a warning, and moves no threshold.
-- The sink (first chunk) stays FP16 although the paper has none; sink=0 is the paper's. Its score still counts in Eq. 2
+- Where there is no chat header, the first chunk stays FP16 (the sink), which the paper has not; sink=0 is the paper's.
+  Its score still counts in Eq. 2
   and 3.
 - Sliding window: hidden chunks are not stored, and their scores do not count.
 - Text scores only: with scores that arrive layer by layer the Layout would be unknown when the arena is allocated.
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cocktail.policies import (
-    DEFAULT_SINK,
     Policy,
     check_sink,
     checked_scores,
@@ -64,7 +64,7 @@ class CocktailPolicy(Policy):
     uses_scores = True
     layout_needs_scores = True
 
-    def __init__(self, alpha: float = ALPHA, beta: float = BETA, sink: int = DEFAULT_SINK,
+    def __init__(self, alpha: float = ALPHA, beta: float = BETA, sink: int | None = None,
                  pairs: str | Path | LayerPairs | None = None, pairs_bits: float | None = None,
                  no_search: bool = False, no_reorder: bool = False, seed: int = 0, formats: str = "rotated",
                  calibration: str | Path | None = None):

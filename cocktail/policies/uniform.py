@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cocktail.policies import DEFAULT_SINK, Policy, check_sink, indices_of, labelled, layout_of, plan_of, sink_chunks
+from cocktail.policies import Policy, check_sink, indices_of, labelled, layout_of, plan_of, sink_chunks
 from cocktail.policies.formats import Formats
 from cocktail.policies.pairs import LayerPairs, load_pairs
 from cocktail.scorers import Scores
@@ -29,7 +29,7 @@ class UniformPolicy(Policy):
     layout_needs_scores = False
     _pairs: LayerPairs | None = None
 
-    def __init__(self, tier: str | Tier | None = None, sink: int = DEFAULT_SINK, formats: str = "rotated",
+    def __init__(self, tier: str | Tier | None = None, sink: int | None = None, formats: str = "rotated",
                  calibration: str | Path | None = None):
         if tier is None:
             raise PlanError(f"policy {self.name} needs a tier: the bits of K and of V, such as K4V2 or K8V8")
@@ -64,7 +64,7 @@ class KVTunerPolicy(UniformPolicy):
     name = "kvtuner"
 
     def __init__(self, pairs: str | Path | LayerPairs | None = None, pairs_bits: float | None = None,
-                 sink: int = DEFAULT_SINK):
+                 sink: int | None = None):
         super().__init__(Tier(2, 2), sink)  # the lowest: every layer lifts it to its pair
         if pairs is None:
             raise PlanError("policy kvtuner needs pairs: a file made by python -m cocktail.tune")

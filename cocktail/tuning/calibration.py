@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cocktail.document import Document
 from cocktail.model import Model
-from cocktail.policies import DEFAULT_SINK, load_policy
+from cocktail.policies import load_policy, sink_chunks
 from cocktail.policies.pairs import LayerPairs
 from runtime.backend import Array, Backend
 from runtime.cache import Cache
@@ -68,7 +68,7 @@ class Sample:
                 cache.pack(layer, k, v)
         return Reading(engine, self.prompt, caches, self.rope, self.first_logits)
 
-    def divergence(self, pairs: Sequence[Tier], sink: int) -> npt.NDArray[np.float64]:
+    def divergence(self, pairs: Sequence[Tier], sink: int | None) -> npt.NDArray[np.float64]:
         """KL from the FP16 cache under one pair per layer: (T - 1,) nats."""
         policy = load_policy("kvtuner", pairs=LayerPairs(tuple(pairs), {}, "the search"), sink=sink)
         q = log_softmax(self.reading(policy.plan(self.shape)).force(self.answer)[1:])
@@ -78,17 +78,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All samples. sink: leading chunks that stay FP16, as under the policy."""
+    """All samples. sink: leading chunks that stay FP16, as under the policies; None for their default."""
 
     samples: tuple[Sample, ...]
-    sink: int = DEFAULT_SINK
+    sink: int | None = None
 
     def kl(self, pairs: Sequence[Tier]) -> float:
         """Mean over all answer tokens of all samples."""
         return float(np.concatenate([sample.divergence(pairs, self.sink) for sample in self.samples]).mean())
 
     @cached_property
-    def described(self) -> dict[str, int]:
+    def described(self) -> dict[str, int | None]:
         """Prompts, context tokens in whole chunks, and answer tokens that were compared."""
         return {"prompts": len(self.samples), "sink": self.sink, "chunk": self.samples[0].shape.chunk,
                 "context_tokens": sum(sample.shape.n_chunks * sample.shape.chunk for sample in self.samples),
@@ -96,7 +96,7 @@ class Calibration:
 
 
 def calibrate(model: Model, prompts: Sequence[Prompt], *, chunk: int = 32, answer_tokens: int = 24,
-              sink: int = DEFAULT_SINK, progress: Callable[[int, int], None] | None = None) -> Calibration:
+              sink: int | None = None, progress: Callable[[int, int], None] | None = None) -> Calibration:
     """Read every prompt once; progress(prompts done, prompts in all). Raises PromptError, OutOfMemory."""
     samples = []
     for done, prompt in enumerate(prompts):
@@ -180,10 +180,10 @@ class _Keeper:
         self.kv.append((upload(download(k)), upload(download(v))))
 
 
-def _read(model: Model, prompt: Prompt, chunk: int, answer_tokens: int, name: str, sink: int) -> Sample:
+def _read(model: Model, prompt: Prompt, chunk: int, answer_tokens: int, name: str, sink: int | None) -> Sample:
     doc, engine = Document(model, prompt.context, chunk), model.engine
     shape = doc.shape(prompt.query, answer_tokens)
-    if shape.n_chunks <= max(sink, len(shape.hidden_chunks())):
+    if shape.n_chunks <= sink_chunks(shape, sink).stop:
         raise PromptError(f"{name} has {shape.n_chunks} whole chunks of {chunk} tokens, of which none would be "
                           "quantized; give a longer context")
     ids = doc.prompt(prompt.query)

@@ -35,7 +35,7 @@ def profile(calibration: Calibration, candidates: Sequence[Tier],
 
 
 def _squares(sample: Sample, candidates: Sequence[Tier],
-             sink: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+             sink: int | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Sums over one sample's answer: squared errors (L, candidates) and squared outputs (L,)."""
     engine = sample.model.engine
     policies = [load_policy("fp16"), *(load_policy("uniform", tier=tier, sink=sink) for tier in candidates)]

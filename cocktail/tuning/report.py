@@ -27,7 +27,7 @@ def choose(front: Sequence[Found], even: Sequence[Found], bits: float | None, ri
 
 
 def write_pairs(path: str | Path, chosen: Found, front: Sequence[Found], even: Sequence[Found], model: dict[str, Any],
-                calibration: dict[str, int]) -> None:
+                calibration: dict[str, int | None]) -> None:
     """What --pairs reads (cocktail.policies.pairs), and beside it how it came about."""
     data = {"version": VERSION, **_entry(chosen), "model": model, "calibration": calibration,
             "pareto": [_entry(each) for each in front],
