@@ -238,7 +238,8 @@ def test_a_budget_takes_the_best_trade_off_that_leaves_room_for_its_lifts(tmp_pa
         return
     ranked = shape.n_chunks - max(len(shape.hidden_chunks()), min(sink, shape.n_chunks))
     def lifts(plan: Plan | None, least: Tier, share: float) -> bool:
-        lifted = 0 if plan is None else sum(join(tier, least) == tier for tier in tiers_in(plan, 0)[-ranked:])
+        lifted = 0 if plan is None else min(sum(join(tier, least) == tier for tier in tiers_in(plan, layer)[-ranked:])
+                                            for layer in range(shape.n_layers))
         return plan is not None and (ranked == 0 or lifted >= int(ranked * share + 0.5))
     first = ((Tier(3, 2), 0.675), (Tier(4, 3), 0.125), (Tier(4, 4), 0.03), (Tier(8, 4), 0.015))
     roomy = [plan for plan in alone if all(lifts(plan, *lift) for lift in first)]
