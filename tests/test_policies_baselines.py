@@ -98,7 +98,7 @@ def test_kvquants_sparse_store_and_shared_scales_are_counted(calibration: Path) 
 @pytest.mark.parametrize(("family", "tier"), [("kivi", "K8V2"), ("atom", "K4V4"), ("kvquant", "K3V4")])
 def test_uniform_takes_any_family(family: str, tier: str, calibration: Path) -> None:
     options = {"calibration": calibration} if family == "kvquant" else {}
-    plan = load_policy("uniform", tier=tier, formats=family, **options).plan(shape_of(9))
+    plan = load_policy("uniform", tier=tier, sink=1, formats=family, **options).plan(shape_of(9))
     assert tiers_of(plan) == [FP16] + [Tier.parse(tier)] * 8
     assert (plan.layout.formats, plan.layout.flush, plan.policy) == (family, None, f"uniform ({family} formats)")
 
