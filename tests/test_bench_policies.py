@@ -44,7 +44,7 @@ def test_what_the_plans_keep(tmp_path):
                                                                             IN_PLACE)}
     bits = {name: size.context_bits_per_value for name, size in sizes.items()}
     assert bits[EXACT] > bits[EIGHT_BITS] > bits["K4V4"] > bits[PAIRS] > bits[PAPERS] > 2.5
-    assert bits[PAIRS] == pytest.approx(3.25 + 0.32 + 12.4 / 128, abs=0.02)  # codes, metadata, the sink
+    assert bits[PAIRS] == pytest.approx(3.25 + 0.32, abs=0.02)  # codes and metadata
     assert plan_of(IN_PLACE, tmp_path).layout.in_place is not None
     assert 1 <= bits[IN_PLACE] / bits[PAPERS] < 1.05
     counts = dict(zip(map(str, plan_of(PAPERS, tmp_path).layout.tiers), plan_of(PAPERS, tmp_path).layout.counts[0],

@@ -193,7 +193,7 @@ def test_a_refused_setting_is_named(model, context):
 
 def test_a_match_takes_the_bytes_of_its_like_and_no_more(model, context):
     like = [Setting.of("a", "uniform", tier="K4V4"), Setting.of("b", "uniform", tier="K2V2", sink=0)]
-    settings = [Setting.of(f"={s.name}", "budget", "bm25", match=s.name) for s in like] + [FP16, *like]
+    settings = [Setting.of(f"={s.name}", "budget", "bm25", match=s.name, sink=1) for s in like] + [FP16, *like]
     documents = {32: model.read(context)}
     prompt = question(context, "literal", "", " 1912")
     judges = Judges(documents, prompt, {"bm25": load_scorer("bm25")}, 0)
