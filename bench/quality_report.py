@@ -82,9 +82,10 @@ def best_at_most(rows: Sequence[Row], bpv: float) -> Row | None:
 
 def print_main(rows: Sequence[Row]) -> None:
     print_table(
-        ["setting", "bpv", "KL (95%)", "KL p99", "top-1", *KINDS],
-        [[r["setting"], f"{r['bpv']:.2f}", f"{r['kl']:.4f} ({r['kl_low']:.4f}-{r['kl_high']:.4f})",
-          f"{r['kl_p99']:.3f}", f"{r['top1']:.3f}", *(_figure(r["correct"][kind], 2) for kind in KINDS)] for r in rows])
+        ["setting", "bpv", "MiB", "KL (95%)", "KL p99", "top-1", *KINDS],
+        [[r["setting"], f"{r['bpv']:.2f}", f"{r['mib']:.1f}",
+          f"{r['kl']:.4f} ({r['kl_low']:.4f}-{r['kl_high']:.4f})", f"{r['kl_p99']:.3f}", f"{r['top1']:.3f}",
+          *(_figure(r["correct"][kind], 2) for kind in KINDS)] for r in rows])
 
 
 def print_prompts(samples: Samples) -> None:
