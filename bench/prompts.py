@@ -46,8 +46,9 @@ class Prompt:
 
     @property
     def dictated(self) -> bool:
-        """Whether all that is asked for is the given answer: small models neither repeat nor continue unaided."""
-        return not self.exact
+        """Whether the given answer is all there is to say: small models neither repeat nor continue unaided, and what
+        is to be labelled stands in the lead."""
+        return self.kind in ("copy", "classify", "continue")
 
     def needed_chunks(self, chunk_texts: Sequence[str]) -> tuple[int, ...]:
         """Indices of the chunks that the needed span touches; the remainder after the last chunk belongs to none."""

@@ -4,8 +4,8 @@ For each prompt (bench.prompts) one exact prefill fills one cache per setting (b
 is teacher-forced along the same answers (bench.quality_measure):
 
     bpv     bits per context value, all metadata counted, from the allocated arena
-    KL      to the FP16 cache's next-token distribution, in nats, over tokens; the first token of an answer is left
-            out: it comes from the exact prefill whatever the cache, and would only flatter
+    KL      to the FP16 cache's next-token distribution, in nats, over tokens; the first token that is generated is
+            left out: it comes from the exact prefill whatever the cache, and would only flatter
     top-1   share of tokens where both caches' best token is the same
     tasks   share of answers of which every token is right; copy and continue: share of tokens
 

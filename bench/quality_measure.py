@@ -1,9 +1,9 @@
 """One prompt under every setting, from one prefill: what bench.quality measures, and how.
 
-Two answers are teacher-forced. Along the reference, the FP16 cache's own greedy answer (for what is dictated the given
-text), KL and top-1 agreement are taken; along the prompt's lead and answer, what the setting gets right: each token of
-the answer is right where greedy decoding would choose it. An answer counts from its second token: the first one comes
-from the exact prefill whatever the cache. (With a lead, all of the answer counts.)
+Two answers are teacher-forced. Along the reference, KL and top-1 agreement are taken: it is the FP16 cache's own greedy
+answer, for what is dictated the given answer behind its lead. Along the prompt's lead and answer, what the setting gets
+right: a token of the answer is right where greedy decoding would choose it. The first token of all never counts: it
+comes from the exact prefill whatever the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Logs = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt under one setting. kl (nats), agree: per token of the reference answer but the first. recall: share
+    """One prompt under one setting. kl (nats), agree: per token of the reference. recall: share
     of needed chunks above the lowest tier, NaN where none is needed or nothing was scored. mib: the whole cache."""
 
     kind: str
@@ -60,18 +60,18 @@ def measure(model: cocktail.Model, prompt: Prompt, settings: Sequence[Setting], 
     plans = make_plans(documents, prompt, settings, Judges(documents, prompt, scorers, seed), seed,
                        room=max(ANSWER_TOKENS, len(given)))
     reading = _read(model, documents[settings[0].chunk].prompt(prompt.query), plans)
-    reference = given if prompt.dictated else _greedy(model, reading)
-    exact = log_softmax(force(reading, reference, 0)[1:])
+    reference, first = (given, max(len(lead), 1)) if prompt.dictated else (_greedy(model, reading), 1)
+    exact = log_softmax(force(reading, reference, 0)[first:])
     samples, scorer_of = {}, {setting.name: setting.scorer for setting in settings}
     for i, (name, plan) in enumerate(zip(plans, reading.plans, strict=True)):
         logits = force(reading, reference, i)
         answered = logits if prompt.dictated else force(reading, given, i)
         needed = prompt.needed_chunks(documents[plan.layout.chunk].chunk_texts) if scorer_of[name] != "none" else ()
         sizes = reading.caches[i].sizes
+        logs = log_softmax(logits[first:])
         samples[name] = Sample(
             prompt.kind, sizes.context_bits_per_value, sizes.nbytes / 2**20,
-            tuple(divergence(exact, log_softmax(logits[1:])).tolist()),
-            tuple((logits[1:].argmax(axis=1) == exact.argmax(axis=1)).tolist()),
+            tuple(divergence(exact, logs).tolist()), tuple((logs.argmax(axis=1) == exact.argmax(axis=1)).tolist()),
             correctness(answered, given, len(lead), prompt.exact), recall(plan, needed))
     return samples
 

@@ -151,7 +151,7 @@ def test_measure_gives_the_fp16_cache_no_divergence_and_the_mix_some(model, cont
     settings = [FP16, budget(3.4, "bm25"), budget(3.4, "oracle"), Setting.of("coarse", "uniform", tier="K2V2"),
                 Setting.of("chunks of 16", "budget", "oracle", chunk=16, kv_bits=4), budget(3.4, "attention")]
     for kind, lead, answer in (("literal", "The year is", " 1912"), ("copy", "The ship", " sank in 1912."),
-                               ("continue", "", "and so on for some time")):
+                               ("classify", "Text: a\nCategory:", " prose"), ("continue", "", "and so on and on")):
         prompt = question(context, kind, lead, answer)
         found = measure(model, prompt, settings, {"bm25": load_scorer("bm25")}, seed=0)
         assert list(found) == [setting.name for setting in settings]
@@ -161,9 +161,11 @@ def test_measure_gives_the_fp16_cache_no_divergence_and_the_mix_some(model, cont
         assert oracle.recall == small.recall == 1 and oracle.bpv == scored.bpv == attention.bpv
         assert 0 <= attention.recall <= 1 and attention.kl != scored.kl
         assert math.isnan(coarse.recall) and math.isnan(exact.recall), "nothing was scored"
-        tokens = len(model.tokenizer.encode(lead + answer)) if prompt.dictated else ANSWER_TOKENS
         assert {len(sample.kl) for sample in found.values()} == {len(exact.agree)}
-        assert 0 < len(exact.kl) <= tokens - 1
+        if prompt.dictated:  # a lead is no part of it, and without one the first token is not
+            assert len(exact.kl) == len(model.tokenizer.encode(answer)) - (not lead)
+        else:
+            assert 0 < len(exact.kl) <= ANSWER_TOKENS - 1
         assert 0 <= exact.correct <= 1
 
 
