@@ -1,8 +1,9 @@
 """`python -m cocktail.tune MODEL --text FILE --out pairs.json`: KVTuner's offline search for the widths of each layer.
 
-Reads calibration prompts, profiles every layer's attention-output error under each pair of K and V bits, keeps each
-layer's Pareto front, clusters layers that are alike, and lets NSGA-II choose one pair per cluster: least mean KL to the
-FP16 cache for fewest bits, under a cap. Writes the pairs file that `--pairs` reads, a table and a plot.
+Reads calibration prompts, profiles every layer's attention-output error under each pair of K and V bits and what that
+layer alone does to the answer, keeps each layer's Pareto front, clusters layers that are alike, and lets NSGA-II choose
+one pair per cluster: least mean KL to the FP16 cache for fewest bits, under a cap. Writes the pairs file that `--pairs`
+reads, a table and a plot.
 
 The search goes on where it was interrupted: the same command with the same study file. Results go to stdout, progress
 to stderr. Exit codes: 0; 2 after an error, which is one line; 130 after Ctrl-C.
@@ -85,7 +86,7 @@ def _run(options: argparse.Namespace) -> None:
     from cocktail.tuning.calibration import calibrate
     from cocktail.tuning.profile import profile
     from cocktail.tuning.search import POPULATION, Search, front
-    from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, pair_bits, parse_candidates
+    from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, effects, pair_bits, parse_candidates
     from runtime.plan import Tier
 
     candidates, similar = parse_candidates(options.candidates or CANDIDATES), options.similar or SIMILAR
@@ -106,7 +107,9 @@ def _run(options: argparse.Namespace) -> None:
     errors = study.profile
     if errors is None:
         errors = study.profile = profile(calibration, candidates, progress.of("profile"))
-    space = build_space(candidates, errors, options.chunk, config.head_dim, similar)
+    cheapest = min(range(len(candidates)), key=lambda i: pair_bits(candidates[i], options.chunk, config.head_dim))
+    alone = study.alone(config.n_layers, candidates[cheapest], calibration.kl, progress.of("layers"))
+    space = build_space(candidates, effects(errors, cheapest, alone), options.chunk, config.head_dim, similar)
     print(f"{len(space.clusters)} clusters of {config.n_layers} layers, {space.size:,} combinations; "
           f"cap {max_bits:.3f} bits", file=sys.stderr)
     even = study.even(space, calibration.kl, progress.of("even"))

@@ -24,7 +24,7 @@ from cocktail.tuning import report
 from cocktail.tuning.calibration import Calibration, Prompt, calibrate, log_softmax, prompts_of_text, read_prompts
 from cocktail.tuning.profile import profile
 from cocktail.tuning.search import Found, Search, front
-from cocktail.tuning.space import CANDIDATES, Space, build_space, pair_bits, pareto, parse_candidates
+from cocktail.tuning.space import CANDIDATES, Space, build_space, effects, pair_bits, pareto, parse_candidates
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.errors import PromptError, TuneError
@@ -126,6 +126,12 @@ def test_bits_of_a_pair_are_those_of_its_arena(model: Model) -> None:
         values = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * shape.chunk * shape.n_chunks
         room = 8 * shape.n_layers * (4 * shape.n_chunks + 12 * 64) / values
         assert 0 <= sizes.context_bits_per_value - pair_bits(tier, shape.chunk, shape.head_dim) < room
+
+
+def test_a_layers_errors_count_by_what_it_costs_alone() -> None:
+    errors, alone = np.array([[0.4, 0.2], [0.1, 0.05], [0.0, 0.0]]), np.array([0.01, 0.09, 0.0])
+    found = effects(errors, 0, alone)
+    np.testing.assert_allclose(np.square(found), [[0.01, 0.0025], [0.09, 0.0225], [0, 0]])
 
 
 # The search, with a made-up cost: each layer's own weight times what its pair loses.
@@ -232,6 +238,20 @@ def test_the_profile_is_kept(tmp_path: Path) -> None:
     errors = np.random.default_rng(0).random((3, 4))
     study.profile = errors
     np.testing.assert_array_equal(Search(tmp_path / "a.study", {}).profile, errors)
+
+
+def test_what_layers_cost_alone_is_measured_once(tmp_path: Path) -> None:
+    measured: list[tuple[Tier, ...]] = []
+    def measure(pairs: Sequence[Tier]) -> float:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(tuple(pairs))
+        return float(len(measured))
+    with pytest.raises(KeyboardInterrupt):
+        Search(tmp_path / "a.study", {}).alone(5, TIERS[0], measure)
+    found = Search(tmp_path / "a.study", {}).alone(5, TIERS[0], lambda pairs: measured.append(tuple(pairs)) or 9.0)
+    assert found.tolist() == [1, 2, 3, 9, 9]
+    assert measured == [(FP16,) * layer + (TIERS[0],) + (FP16,) * (4 - layer) for layer in range(5)]
 
 
 def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 from cocktail.tuning.space import Space, pareto
 from runtime.errors import TuneError
-from runtime.plan import Tier
+from runtime.plan import FP16, Tier
 
 POPULATION = 24
+BEGUN = 0.25  # of the trials, at least half a population: along the way that the effects of single layers suggest. In
+# a space of few combinations less, so that evolution begins with enough unlike ones to reach all of it.
 PATIENCE = 40  # generations' worth of draws in a row that bring nothing new, after which the search ends
 
 
@@ -78,6 +80,17 @@ class Search:
         """Everything measured so far, in order."""
         return [*self._even(), *self._searched()]
 
+    def alone(self, layers: int, tier: Tier, measure: Callable[[Sequence[Tier]], float],
+              progress: Callable[[int, int], None] | None = None) -> npt.NDArray[np.float64]:
+        """What each layer costs at `tier` where all others are exact, (layers,). progress(done, in all)."""
+        found: list[float] = list(self._study.user_attrs.get("alone", ()))
+        for layer in range(len(found), layers):
+            if progress is not None:
+                progress(layer, layers)
+            found.append(measure([tier if other == layer else FP16 for other in range(layers)]))
+            self._study.set_user_attr("alone", found)
+        return np.array(found, np.float64)
+
     def even(self, space: Space, measure: Callable[[Sequence[Tier]], float],
              progress: Callable[[int, int], None] | None = None) -> list[Found]:
         """Every candidate in all layers alike: what the search has to beat. progress(done, in all)."""
@@ -98,7 +111,8 @@ class Search:
             raise TuneError(f"the cap is {max_bits:g} bits; expected at least {cheapest:.3f}, which is the cheapest "
                             "pair of every layer")
         if not self._study.get_trials(deepcopy=False):
-            for beginning in space.beginnings(self._population // 2, max_bits):
+            suggested = max(self._population // 2, int(BEGUN * min(trials, space.size // 16)))
+            for beginning in space.beginnings(suggested, max_bits):
                 self._study.enqueue_trial({_name(i): str(tier) for i, tier in enumerate(beginning)})
         known = {each.pairs: each for each in self._even()}
         tried = {each.pairs for each in self._searched()}

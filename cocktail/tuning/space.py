@@ -15,13 +15,13 @@ from runtime.formats import block_bytes
 from runtime.plan import HIDDEN, Tier
 
 # KVTuner's K8V8, K8V4, K4V4, K4V2, K2V2 and those that some layers prefer (K4V8, K2V4, K8V2); 3 bits are our own.
-CANDIDATES = "K2V2,K3V2,K2V4,K3V4,K4V2,K4V4,K4V8,K8V2,K8V4,K8V8"
+CANDIDATES = "K2V2,K3V2,K2V3,K2V4,K3V3,K3V4,K4V2,K4V3,K4V4,K4V8,K8V2,K8V4,K8V8"
 SIMILAR = 1.5  # neighbours in a cluster differ by at most this factor in the error of every pair
 
 
 @dataclass(frozen=True)
 class Space:
-    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), the profile.
+    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), the profile by its effects.
 
     clusters: the layers of each. choices: the pairs on each cluster's front, fewest bits first.
     """
@@ -51,7 +51,7 @@ class Space:
 
     def beginnings(self, count: int, max_bits: float) -> list[tuple[Tier, ...]]:
         """Combinations to try first, one pair per cluster: the nearest to each candidate everywhere, and `count` along
-        the way from the cheapest to the cap on which each step buys the largest fall in profiled error per bit."""
+        the way from the cheapest to the cap on which each step buys the largest fall in squared error per bit."""
         even = [tuple(max((tier for tier in choices if self.bits_of(tier) <= limit), key=self.bits_of,
                           default=choices[0]) for choices in self.choices) for limit in self.bits if limit <= max_bits]
         path = [tuple(choices[0] for choices in self.choices)]
@@ -72,6 +72,17 @@ class Space:
     def _square(self, cluster: int, tier: Tier) -> float:
         column = self.errors[list(self.clusters[cluster]), self.candidates.index(tier)]
         return float(np.square(column).mean())
+
+
+def effects(errors: npt.NDArray[np.float64], column: int, alone: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The profile (L, candidates) with each layer's row scaled so that the square of `column` is what that layer costs
+    alone, (L,) nats: attention outputs of like errors matter very differently.
+
+    A small error's KL is quadratic in it, and errors of different layers add up as if independent: the sum of squares
+    over the layers predicts the KL of any pairs.
+    """
+    reference = np.maximum(errors[:, column], np.finfo(np.float64).tiny)
+    return np.asarray(errors * (np.sqrt(np.maximum(alone, 0)) / reference)[:, None])
 
 
 def build_space(candidates: Sequence[Tier], errors: npt.NDArray[np.float64], chunk: int, head_dim: int,
