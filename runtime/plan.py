@@ -9,25 +9,19 @@ A prompt is prefix | n_chunks * chunk | remainder | suffix; chunk i starts at po
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby, islice
 from math import isfinite
-from typing import Any
 
+from runtime import plan_checks as checks
 from runtime.errors import PlanError
 from runtime.formats import FAMILIES
 from runtime.formats import WIDTHS as FORMAT_WIDTHS
 
 WIDTHS = (0, 2, 3, 4, 8, 16)  # bits; 0 only for K and V together
 MIN_CHUNK, MAX_CHUNK, CHUNK_STEP = 8, 256, 8
-VERSION = 3  # of the JSON form
-_MAX = 2**31 - 1  # positions and counts are int32 on every device
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one per tier in the JSON form; there are at most 26 distinct tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class Tier:
     def __post_init__(self) -> None:
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
             if type(bits) is not int or bits not in WIDTHS:
-                raise PlanError(f"tier {name} is {_show(bits)}; expected one of {', '.join(map(str, WIDTHS))}")
+                raise PlanError(f"tier {name} is {checks.show(bits)}; expected one of {', '.join(map(str, WIDTHS))}")
         if (self.k_bits == 0) != (self.v_bits == 0):
             raise PlanError(f"tier K{self.k_bits}V{self.v_bits} stores only half of a chunk; width 0 goes with width 0")
 
@@ -57,7 +51,7 @@ class Tier:
             return FP16
         match = re.fullmatch(r"K([0-9]{1,2})V([0-9]{1,2})", text.upper())
         if match is None:
-            raise PlanError(f"tier {_show(text)} is not of the form K3V2 (K bits, V bits) or FP16")
+            raise PlanError(f"tier {checks.show(text)} is not of the form K3V2 (K bits, V bits) or FP16")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -85,15 +79,15 @@ class DocumentShape:
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_kv_heads", "head_dim"):
-            _integer(name, getattr(self, name), 1)
+            checks.integer(name, getattr(self, name), 1)
         for name in ("n_chunks", "prefix", "remainder", "suffix", "max_new"):
-            _integer(name, getattr(self, name), 0)
+            checks.integer(name, getattr(self, name), 0)
         check_chunk_size(self.chunk)
         if self.remainder >= self.chunk and not self._keeps_whole_chunks:
             raise PlanError(f"remainder is {self.remainder}; expected less than one chunk of {self.chunk}")
         if self.window is not None:
-            _integer("window", self.window, 1)
-        _integer("prompt plus max_new", self.prompt_tokens + self.max_new, 0)
+            checks.integer("window", self.window, 1)
+        checks.integer("prompt plus max_new", self.prompt_tokens + self.max_new, 0)
 
     @property
     def context_tokens(self) -> int:
@@ -147,8 +141,7 @@ class CalibrationFile:
 
     def __post_init__(self) -> None:
         for name, text in (("path", self.path), ("digest", self.digest)):
-            if not isinstance(text, str) or not text.isprintable():
-                raise PlanError(f"calibration {name} is {_show(text)}; expected one line of printable text")
+            checks.line(f"calibration {name}", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,26 +173,26 @@ class Layout(DocumentShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.tiers, tuple) or not all(isinstance(tier, Tier) for tier in self.tiers):
-            raise PlanError(f"layout tiers are {_show(self.tiers)}; expected a tuple of Tier")
+            raise PlanError(f"layout tiers are {checks.show(self.tiers)}; expected a tuple of Tier")
         if not self.tiers or len(set(self.tiers)) != len(self.tiers):
             raise PlanError(f"layout tiers are ({', '.join(map(str, self.tiers))}); "
                             "expected at least one, each named once")
-        object.__setattr__(self, "counts", _shared("counts", self.counts, self.n_layers))
-        for layer, counts in _distinct(self.counts):
+        object.__setattr__(self, "counts", checks.shared("counts", self.counts, self.n_layers))
+        for layer, counts in checks.distinct(self.counts):
             if len(counts) != len(self.tiers):
                 raise PlanError(f"layer {layer} has {len(counts)} counts; expected {len(self.tiers)}, one per tier")
             for tier, count in zip(self.tiers, counts, strict=True):
-                _integer(f"count of {tier} in layer {layer}", count, 0)
+                checks.integer(f"count of {tier} in layer {layer}", count, 0)
             if sum(counts) != self.n_chunks:
                 raise PlanError(f"counts of layer {layer} sum to {sum(counts)}; expected n_chunks = {self.n_chunks}")
         if self.in_place is not None:
-            object.__setattr__(self, "in_place", _shared("in_place", self.in_place, self.n_layers))
-            _check_assignment("in_place", self, self.in_place)
+            object.__setattr__(self, "in_place", checks.shared("in_place", self.in_place, self.n_layers))
+            checks.assignment("in_place", self.in_place, self.counts)
         self._check_formats()
 
     def _check_formats(self) -> None:
         if self.formats not in FAMILIES:
-            raise PlanError(f"formats is {_show(self.formats)}; expected one of {', '.join(FAMILIES)}")
+            raise PlanError(f"formats is {checks.show(self.formats)}; expected one of {', '.join(FAMILIES)}")
         widths = FORMAT_WIDTHS[self.formats]
         for tier in self.tiers:
             if not {tier.k_bits, tier.v_bits} <= {0, 16, *widths}:
@@ -208,7 +201,7 @@ class Layout(DocumentShape):
         if self.calibration is not None and self.formats != "kvquant":
             raise PlanError(f"the {self.formats} formats read no calibration; only kvquant does")
         if self.flush is not None:
-            _integer("flush", self.flush, 0)
+            checks.integer("flush", self.flush, 0)
             if self.lowest == FP16:
                 raise PlanError("flush needs a tier below FP16 to pack the tail at; expected one, if of no chunk")
 
@@ -248,33 +241,32 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):
-            raise PlanError(f"plan layout is {_show(self.layout)}; expected a Layout")
-        object.__setattr__(self, "assignment", _shared("assignment", self.assignment, self.layout.n_layers))
+            raise PlanError(f"plan layout is {checks.show(self.layout)}; expected a Layout")
+        object.__setattr__(self, "assignment", checks.shared("assignment", self.assignment, self.layout.n_layers))
         self.validate()
 
     def validate(self) -> None:
         """Raises PlanError unless every field fits the layout. The constructor calls it."""
         n = self.layout.n_chunks
-        _check_assignment("assignment", self.layout, self.assignment)
+        checks.assignment("assignment", self.assignment, self.layout.counts)
         if self.layout.in_place not in (None, self.assignment):
             raise PlanError("the layout keeps its chunks in place, with another assignment; make a new plan")
         if self.layout.in_place is not None and self.permutation is not None:
             raise PlanError("the layout keeps its chunks in place; expected no permutation")
         if self.scores is not None:
-            _tuple("scores", self.scores)
+            checks.kind("plan scores", self.scores, tuple)
             if len(self.scores) != n:
                 raise PlanError(f"plan has {len(self.scores)} scores; expected {n}, one per chunk")
             for chunk, score in enumerate(self.scores):
                 if type(score) is not float or not isfinite(score):
-                    raise PlanError(f"score of chunk {chunk} is {_show(score)}; expected a finite float")
+                    raise PlanError(f"score of chunk {chunk} is {checks.show(score)}; expected a finite float")
         if self.permutation is not None:
-            _indices("permutation", self.permutation, n, n)
+            checks.indices("permutation", self.permutation, n, n)
             if len(set(self.permutation)) != n:
                 raise PlanError("permutation names a chunk twice; expected every chunk once")
-        _tuple("notes", self.notes)
+        checks.kind("plan notes", self.notes, tuple)
         for name, text in (("policy", self.policy), ("scorer", self.scorer), *(("note", note) for note in self.notes)):
-            if not isinstance(text, str) or not text.isprintable():
-                raise PlanError(f"plan {name} is {_show(text)}; expected one line of printable text")
+            checks.line(f"plan {name}", text)
 
     def order(self, layer: int, tier: int) -> tuple[int, ...]:
         """The chunks of one layer and tier in the order in which their region holds them."""
@@ -318,62 +310,16 @@ class Plan:
 
     def to_json(self) -> str:
         """Compact JSON; every distinct assignment once, one digit per chunk. from_json gives an equal Plan."""
-        distinct = dict.fromkeys(self.assignment)
-        index = {assignment: i for i, assignment in enumerate(distinct)}
-        return json.dumps({
-            "version": VERSION,
-            "policy": self.policy,
-            "scorer": self.scorer,
-            "notes": self.notes,
-            "shape": {f.name: getattr(self.layout, f.name) for f in fields(DocumentShape)},
-            "tiers": [str(tier) for tier in self.layout.tiers],
-            "assignments": ["".join(_DIGITS[tier] for tier in assignment) for assignment in distinct],
-            "layers": [index[assignment] for assignment in self.assignment],
-            "scores": self.scores,
-            "permutation": self.permutation,
-            "in_place": self.layout.in_place is not None,
-            "formats": self.layout.formats,
-            "flush": self.layout.flush,
-            "calibration": None if (file := self.layout.calibration) is None else [file.path, file.digest],
-        }, separators=(",", ":"), allow_nan=False)
+        from runtime import plan_json
+
+        return plan_json.write(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Raises PlanError on anything but what to_json writes; never another exception."""
-        try:
-            data = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise PlanError(f"plan is not valid JSON: {error}") from None
-        version = data.get("version") if isinstance(data, dict) else None
-        if type(version) is not int or version != VERSION:
-            raise PlanError(f"plan version is {_show(version)}; expected {VERSION}; make a new plan")
-        _keys("plan", data, {"version", "policy", "scorer", "notes", "shape", "tiers", "assignments", "layers",
-                             "scores", "permutation", "in_place", "formats", "flush", "calibration"})
-        _typed(data, "shape", dict)
-        _keys("plan shape", data["shape"], {f.name for f in fields(DocumentShape)})
-        _integer("n_layers", data["shape"]["n_layers"], 1)
-        tiers = tuple(Tier.parse(tier) for tier in _strings(data, "tiers"))
-        assignments = [_tier_indices(digits, len(tiers)) for digits in _strings(data, "assignments")]
-        layers = _typed(data, "layers", list)
-        _indices("plan layers", tuple(layers), data["shape"]["n_layers"], len(assignments))
-        counts = []
-        for assignment in assignments:
-            found = Counter(assignment)
-            counts.append(tuple(found[tier] for tier in range(len(tiers))))
-        scores, permutation = data["scores"], data["permutation"]
-        placed = tuple(assignments[i] for i in layers)
-        calibration = None if data["calibration"] is None else _strings(data, "calibration")
-        if calibration is not None and len(calibration) != 2:
-            raise PlanError(f"plan calibration is {_show(calibration)}; expected a path and a digest")
-        return cls(
-            layout=Layout(**data["shape"], tiers=tiers, counts=tuple(counts[i] for i in layers),
-                          in_place=placed if _typed(data, "in_place", bool) else None,
-                          formats=_typed(data, "formats", str), flush=data["flush"],
-                          calibration=None if calibration is None else CalibrationFile(*calibration)),
-            assignment=placed, policy=data["policy"], scorer=data["scorer"],
-            scores=None if scores is None else tuple(map(_float, _typed(data, "scores", list))),
-            notes=tuple(_strings(data, "notes")),
-            permutation=None if permutation is None else tuple(_typed(data, "permutation", list)))
+        from runtime import plan_json
+
+        return plan_json.read(text)
 
 
 def hidden_chunks(prefix: int, chunk: int, n_chunks: int, prompt_tokens: int, window: int | None) -> range:
@@ -395,107 +341,5 @@ def runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
 def check_chunk_size(chunk: int) -> None:
     """Raises PlanError unless it is a multiple of 8 from 8 to 256."""
     if type(chunk) is not int or chunk % CHUNK_STEP or not MIN_CHUNK <= chunk <= MAX_CHUNK:
-        raise PlanError(f"chunk is {_show(chunk)}; expected a multiple of {CHUNK_STEP} "
+        raise PlanError(f"chunk is {checks.show(chunk)}; expected a multiple of {CHUNK_STEP} "
                         f"from {MIN_CHUNK} to {MAX_CHUNK}")
-
-
-# Checks. Values may come from hostile JSON, so types are exact (bool is no int) and messages are cut short.
-
-def _show(value: object) -> str:
-    # reprlib: a deeply nested value has no plain repr within the recursion limit; nor has an int of 4301 digits.
-    return "a huge number" if type(value) is int and value.bit_length() > 256 else reprlib.repr(value)
-
-
-def _integer(name: str, value: object, low: int, high: int = _MAX) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise PlanError(f"{name} is {_show(value)}; expected an integer from {low} to {high}")
-
-
-def _tuple(name: str, value: object) -> None:
-    if not isinstance(value, tuple):
-        raise PlanError(f"plan {name} is {_show(value)}; expected a tuple")
-
-
-def _indices(name: str, values: tuple[int, ...], length: int, bound: int) -> None:
-    """`length` integers from 0 to bound - 1."""
-    if len(values) != length:
-        raise PlanError(f"{name} has {len(values)} entries; expected {length}")
-    for value in set(values) if set(map(type, values)) <= {int} else values:
-        _integer(f"an entry of {name}", value, 0, bound - 1)
-
-
-def _check_assignment(name: str, layout: Layout, layers: tuple[tuple[int, ...], ...]) -> None:
-    """Every layer's tier indices are valid and as many of each as the layout counts."""
-    tiers = range(len(layout.tiers))
-    checked: dict[int, tuple[int, ...]] = {}  # id of an assignment -> its chunks per tier
-    for layer, (chunks, counts) in enumerate(zip(layers, layout.counts, strict=True)):
-        if id(chunks) not in checked:
-            _indices(f"{name} of layer {layer}", chunks, layout.n_chunks, len(tiers))
-            found = Counter(chunks)
-            checked[id(chunks)] = tuple(found[tier] for tier in tiers)
-        if checked[id(chunks)] != counts:
-            raise PlanError(f"{name} of layer {layer} has {checked[id(chunks)]} chunks per tier; "
-                            f"the layout expects {counts}")
-
-
-def _shared(name: str, layers: tuple[tuple[int, ...], ...], n_layers: int) -> tuple[tuple[int, ...], ...]:
-    """The same value with equal layers being one object. Checks the shape but not the entries."""
-    if not isinstance(layers, tuple) or not all(isinstance(layer, tuple) for layer in layers):
-        raise PlanError(f"{name} is {_show(layers)}; expected one tuple per layer")
-    if len(layers) != n_layers:
-        raise PlanError(f"{name} has {len(layers)} layers; expected {n_layers}")
-    for layer, values in _distinct(layers):
-        if not set(map(type, values)) <= {int}:  # before hashing: True == 1 must not merge, a list has no hash
-            raise PlanError(f"{name} of layer {layer} is {_show(values)}; expected integers")
-    first: dict[tuple[int, ...], tuple[int, ...]] = {}
-    return tuple(first.setdefault(layer, layer) for layer in layers)
-
-
-def _distinct(layers: tuple[tuple[int, ...], ...]) -> Iterable[tuple[int, tuple[int, ...]]]:
-    """(first layer, its tuple) for every distinct object."""
-    seen: dict[int, tuple[int, tuple[int, ...]]] = {}
-    for layer, values in enumerate(layers):
-        seen.setdefault(id(values), (layer, values))
-    return seen.values()
-
-
-# Reading JSON.
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a field appears twice")
-    return data
-
-
-def _keys(name: str, data: Mapping[str, Any], expected: set[str]) -> None:
-    missing, extra = sorted(expected - data.keys()), sorted(data.keys() - expected)
-    if missing or extra:
-        raise PlanError(f"{name} lacks {_show(missing)} and has unknown fields {_show(extra)}")
-
-
-def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
-    if type(data[key]) is not kind:
-        raise PlanError(f"plan {key} is {_show(data[key])}; expected a {kind.__name__}")
-    return data[key]
-
-
-def _strings(data: Mapping[str, Any], key: str) -> list[str]:
-    values = _typed(data, key, list)
-    for value in values:
-        if not isinstance(value, str):
-            raise PlanError(f"an entry of plan {key} is {_show(value)}; expected a string")
-    return list(values)
-
-
-def _tier_indices(digits: str, n_tiers: int) -> tuple[int, ...]:
-    known = {digit: tier for tier, digit in enumerate(_DIGITS[:n_tiers])}
-    try:
-        return tuple(known[digit] for digit in digits)
-    except KeyError as error:
-        raise PlanError(f"an assignment names tier {error}; expected digits of {n_tiers} tiers") from None
-
-
-def _float(value: Any) -> Any:
-    # A tool that rewrites JSON may turn 1.0 into 1; anything else is left for Plan.validate to refuse.
-    return float(value) if type(value) is int and value.bit_length() <= 53 else value
