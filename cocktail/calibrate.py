@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cocktail.cli.entry import Parser, run_command
 from runtime.calibration import VERSION
-from runtime.errors import CocktailError, OutOfMemory, PlanError, PromptError, TuneError
+from runtime.errors import OutOfMemory, PlanError, PromptError, TuneError
 from runtime.formats import kvquant, turn_back
 from runtime.rope import attention_factor
 
@@ -38,26 +39,16 @@ F32 = npt.NDArray[np.float32]
 PERCENTILES = (0.5, 99.5)
 TOKENS, LEAST_TOKENS = 8192, 256
 BINS = 4096  # of the normalised values that k-means sees, each with its mean and its weight
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; bad arguments exit with 2 at once."""
-    options = parser().parse_args(arguments)
-    try:
-        _run(options)
-    except CocktailError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return run_command(parser(), _run, arguments, interrupted="interrupted; nothing was written")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m cocktail.calibrate", allow_abbrev=False,
-                                description="Measure what a storage format has to know of a model before it can pack.")
+    p = Parser(prog="python -m cocktail.calibrate",
+               description="Measure what a storage format has to know of a model before it can pack.")
     p.add_argument("format", choices=("kvquant",), help="the only family that needs it")
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
     p.add_argument("--out", metavar="FILE", required=True, help="the .safetensors file to write")

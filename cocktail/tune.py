@@ -19,33 +19,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import CocktailError, PromptError, TuneError
+from cocktail.cli.entry import Parser, run_command
+from runtime.errors import PromptError, TuneError
 
 if TYPE_CHECKING:
     from cocktail.model import Model
     from cocktail.tuning.calibration import Prompt
 
 RIVAL = "K4V4"  # the cap's default is its bits, and the file's choice takes fewer at no more KL
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; bad arguments exit with 2 at once."""
-    options = parser().parse_args(arguments)
-    try:
-        _run(options)
-    except CocktailError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return run_command(parser(), _run, arguments, interrupted="interrupted; the same command goes on from here")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m cocktail.tune", allow_abbrev=False,
-                                description="Find how many bits each layer's K and V need.")
+    p = Parser(prog="python -m cocktail.tune", description="Find how many bits each layer's K and V need.")
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
     p.add_argument("--out", metavar="FILE", required=True, help="the pairs file to write")
     p.add_argument("--plot", metavar="FILE", help="PNG (beside --out)")

@@ -1,0 +1,1 @@
+"""The command lines: what their options mean, what they read, print and return."""

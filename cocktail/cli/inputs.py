@@ -1,0 +1,74 @@
+"""What the options name, read and made: texts, a plan or the policy and scorer to make one, sampling."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cocktail.cli.options import POLICY_OPTIONS, SAMPLING_OPTIONS, flag, given
+from runtime.errors import PlanError, PromptError
+
+if TYPE_CHECKING:
+    from cocktail import Model
+    from runtime.sampler import SamplingParams
+
+
+def read_text(path: str, option: str) -> str:
+    """A file's UTF-8 text, "-" being stdin; a byte order mark is dropped."""
+    name = "stdin" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise PromptError(f"{option} {name}: {error.strerror or error}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{option} {name} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); "
+                          "convert it, for example with iconv") from None
+    if not text.strip():
+        raise PromptError(f"{option} {name} is empty")
+    return text
+
+
+def cache_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The policy and scorer, or the plan, made before the model is loaded: what is wrong with them shows at once."""
+    if options.plan_in is not None:
+        from runtime.plan import Plan
+
+        return {"plan": Plan.from_json(read_text(options.plan_in, "--plan-in"))}
+    from cocktail.policies import DEFAULT_POLICY, load_policy
+    from cocktail.scorers import load_scorer
+    from cocktail.scorers.attention import AttentionScorer
+
+    seeded = ("seed",) if options.no_search else ()
+    policy = load_policy(options.policy or DEFAULT_POLICY, **given(options, (*POLICY_OPTIONS, *seeded)))
+    if options.scorer is None:
+        return {"policy": policy}
+    if not policy.uses_scores:
+        raise PlanError(f"policy {policy.name} looks at no scores; leave --scorer out")
+    seed = {"seed": options.seed} if options.scorer == "random" and options.seed is not None else {}
+    scorer = load_scorer(options.scorer, **seed)
+    if isinstance(scorer, AttentionScorer):
+        scorer.checked(policy)
+    return {"policy": policy, "scorer": scorer}
+
+
+def sampling_options(options: argparse.Namespace, model: Model) -> SamplingParams:
+    """Greedy unless asked: --model-sampling takes the checkpoint's defaults, single options override either."""
+    from runtime.sampler import SamplingParams
+
+    values: dict[str, Any] = {}
+    if options.model_sampling:
+        generation = model.config.generation
+        values = {name: generation[name] for name in SAMPLING_OPTIONS if name in generation}
+        # As in transformers: without do_sample the checkpoint is greedy, whatever temperature it names.
+        values["temperature"] = values.get("temperature", 1.0) if generation.get("do_sample") else 0.0
+    chosen = given(options, SAMPLING_OPTIONS)
+    params = SamplingParams(**values | chosen)
+    if params.temperature == 0.0:
+        for name in ("top_k", "top_p", "min_p"):
+            if name in chosen:
+                raise PromptError(f"{flag(name)} changes nothing at temperature 0 (greedy); add --temperature")
+    return params

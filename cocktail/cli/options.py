@@ -1,0 +1,123 @@
+"""The options of `python -m cocktail.run`, and which of them go together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from cocktail.cli.entry import Parser, Version, at_least, number
+from runtime.errors import PlanError, PromptError
+
+# Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
+POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
+                  "no_search", "no_reorder", "bits", "residual", "formats", "calibration")
+CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
+DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option; None is what was not given."""
+    p = Parser(
+        prog="python -m cocktail.run", add_help=False,
+        usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT] [options]",
+        description="Answer from a long document whose KV cache keeps each chunk at the precision its relevance earns.",
+        epilog="Without --context, --query is completed (in the model's chat template where it has one). Without "
+               "--query, a terminal gets a loop: Ctrl-C stops an answer, Ctrl-D leaves.")
+    p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
+
+    prompt = p.add_argument_group("prompt")
+    prompt.add_argument("--context", metavar="FILE", help="UTF-8 document; - for stdin")
+    prompt.add_argument("--query", "--prompt", metavar="TEXT", help="question or prompt; - for stdin")
+    prompt.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    prompt.add_argument("--raw", action="store_true", help="plain completion of --query, no chat template")
+
+    cache = p.add_argument_group("cache (with --context)")
+    cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
+                       "kvtuner, kivi, atom, kvquant or fp16")
+    cache.add_argument("--scorer", metavar="NAME",
+                       help="bm25 (default), attention (the model's own, per layer; budget only), an encoder's folder, "
+                       "hybrid:FOLDER, llm-embedder:FOLDER, endpoint:MODEL, library:FOLDER, random or none")
+    cache.add_argument("--kv-bits", metavar="BITS", type=number, help="budget: mean bits per context value (3.3)")
+    cache.add_argument("--kv-budget", metavar="SIZE", help="budget: bytes of the whole cache, e.g. 200MiB or 1.5GB")
+    cache.add_argument("--tiers", metavar="LIST", help="budget: K and V bits, low to high, e.g. K3V2,K4V4,K8V8")
+    cache.add_argument("--shares", metavar="LIST", help="budget: fixed shares of the upper tiers, e.g. 0.1,0.03")
+    cache.add_argument("--alpha", metavar="A", type=number, help="cocktail: Eq. 2's share of low precision (0.6)")
+    cache.add_argument("--beta", metavar="B", type=number, help="cocktail: Eq. 3's share of FP16 (0.1)")
+    cache.add_argument("--no-search", action="store_true", help="cocktail: as many chunks of each width, at random")
+    cache.add_argument("--no-reorder", action="store_true", help="cocktail: mixed widths in place, in document order")
+    cache.add_argument("--tier", metavar="TIER", help="uniform: K and V bits of every chunk, e.g. K4V2")
+    cache.add_argument("--bits", metavar="B", type=at_least(1), help="kivi, kvquant: bits of every code (4)")
+    cache.add_argument("--residual", metavar="TOKENS", type=at_least(0), help="kivi: last tokens that stay FP16 (128)")
+    cache.add_argument("--formats", metavar="NAME", help="cocktail, uniform: what widths below 16 are: rotated "
+                       "(default), kivi (plain min-max), kvquant; uniform also atom")
+    cache.add_argument("--calibration", metavar="FILE", help="kvquant: levels and ranges of this model")
+    cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail and budget: "
+                       "the least of every layer")
+    cache.add_argument("--pairs-bits", metavar="BITS", type=number, help="the file's best trade-off up to so many")
+    cache.add_argument("--sink", metavar="N", type=at_least(0),
+                       help="first chunks that stay FP16 (0 behind a chat header, else 1)")
+    cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 (32)")
+    cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
+    cache.add_argument("--plan-out", metavar="FILE", help="write the plan as JSON")
+    cache.add_argument("--show-plan", action="store_true", help="print the plan and a map of its chunks")
+
+    answer = p.add_argument_group("answer")
+    answer.add_argument("--max-tokens", metavar="N", type=at_least(1), help="most tokens to generate (256)")
+    answer.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
+    answer.add_argument("--temperature", metavar="T", type=number, help="0 is greedy (default)")
+    answer.add_argument("--top-k", metavar="N", type=at_least(0), help="0 is off (default)")
+    answer.add_argument("--top-p", metavar="P", type=number, help="1 is off (default)")
+    answer.add_argument("--min-p", metavar="P", type=number, help="0 is off (default)")
+    answer.add_argument("--repetition-penalty", metavar="R", type=number, help="1 is off (default)")
+    answer.add_argument("--seed", metavar="N", type=at_least(0),
+                        help="of sampling, --scorer random and --no-search (0)")
+    answer.add_argument("--model-sampling", action="store_true",
+                        help="start from the checkpoint's generation_config.json instead of greedy")
+
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    machine.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads (default: measured choice)")
+
+    machine.add_argument("--no-graph", action="store_true", help="CUDA: launch every kernel of a step by itself")
+
+    report = p.add_argument_group("report (stderr)")
+    report.add_argument("--stats", choices=("table", "json", "none"), default="table",
+                        help="summary after the answer; json is one line, the last of stderr (default: table)")
+    report.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    report.add_argument("--version", action=Version, help="print the version and exit")
+    report.add_argument("-h", "--help", action="help", help="print this and exit")
+    return p
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what would otherwise be ignored silently."""
+    if options.context is None and (shaping := given(options, DOCUMENT_OPTIONS)):
+        raise PlanError(f"{flag(next(iter(shaping)))} shapes the cache of a document; give one with --context")
+    if options.plan_in is not None and (deciding := given(options, CACHE_OPTIONS)):
+        raise PlanError(f"--plan-in already decides what {flag(next(iter(deciding)))} would; give one of them")
+    if options.raw and (options.context is not None or options.system is not None or options.query is None):
+        raise PromptError("--raw completes --query alone; it does not go with --context, --system or the chat loop")
+    if [options.context, options.query, options.plan_in].count("-") > 1:
+        raise PromptError("stdin can be read once; only one of --context, --query and --plan-in can be -")
+    if options.query is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise PromptError("there is no --query, and without a terminal there is no loop to ask for one")
+    if options.query is not None and options.context is None and not options.query.strip():
+        raise PromptError("--query is empty and there is no --context; give one of them")
+    if "" in options.stop:
+        raise PromptError("--stop is empty; expected the text to stop before")
+    if options.plan_out is not None and not Path(options.plan_out).resolve().parent.is_dir():
+        raise PlanError(f"--plan-out {options.plan_out}: its folder does not exist")
+
+
+def given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the names that were given, with their values."""
+    values = ((name, getattr(options, name)) for name in names)
+    return {name: value for name, value in values if value is not None and value is not False}  # 0 is given
+
+
+def flag(name: str) -> str:
+    """An option's name as the user writes it."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,65 @@
+"""An answer on its way out: its text to stdout, what is said about it to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cocktail.cli.entry import INTERRUPTED
+from runtime.errors import PlanError
+
+if TYPE_CHECKING:
+    from cocktail import Answer, AnswerStream
+
+
+def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace) -> Answer:
+    """Writes the pieces of an answer to stdout as they come, under a progress bar until the first."""
+    from cocktail.summary import ProgressBar
+
+    last = ""
+    with ProgressBar(shown=sys.stderr.isatty() and not options.quiet) as progress:
+        pieces = start(progress)
+        try:
+            for piece in pieces:
+                progress.close()  # before the first piece: both may share one terminal
+                print(piece, end="", flush=True)
+                last = piece or last
+        except KeyboardInterrupt:
+            if pieces.plan is None:
+                raise  # before all chunks were scored: there is nothing to report
+            pieces.close()  # it came between two pieces; the stream itself ends cleanly on one within a piece
+    if last and not last.endswith("\n"):
+        print(flush=True)
+    return pieces.answer
+
+
+def report(answer: Answer, options: argparse.Namespace) -> int:
+    """Writes the plan and the summary that were asked for; returns the exit code."""
+    from cocktail import summary
+
+    if options.plan_out is not None:
+        _write(options.plan_out, answer.plan.to_json() + "\n")
+    if options.show_plan:
+        print(f"\n{answer.plan.table()}\n{summary.plan_map(answer.plan)}", file=sys.stderr)
+    if options.stats == "json":
+        print(summary.json_line(answer), file=sys.stderr)
+    elif options.stats == "table" and not options.quiet:
+        print(f"\n{summary.table(answer)}", file=sys.stderr)
+    return INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def survive_any_text() -> None:
+    """A model may write what the terminal's encoding cannot show; that should not end the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"--plan-out {path}: {error.strerror or error}") from error
