@@ -35,7 +35,7 @@ import numpy as np
 
 import cocktail
 from bench.longbench_data import DATASETS, DataError, Dataset, Sample, differences, read_formats, read_samples
-from bench.report import describe_run, emit, print_table, progress
+from bench.report import describe_run, emit, print_table, progress, some_of
 from cocktail.policies import Policy, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
 from runtime.chat import ChatTemplate
@@ -246,18 +246,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def _list(known: Sequence[str] | None = None) -> Callable[[str], list[str]]:
-    """An argument with commas in it; each part one of `known`, and none twice."""
-    def parse(text: str) -> list[str]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if unknown := [part for part in parts if known is not None and part not in known]:
-            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {', '.join(known or ())}")
-        if not parts or len(set(parts)) < len(parts):
-            raise argparse.ArgumentTypeError(f"{text!r}; expected different names with commas between them")
-        return parts
-    return parse
-
-
 def _at_least(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
@@ -277,9 +265,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER",
                         help="where LongBench's .jsonl files and dataset2prompt.json lie")
-    parser.add_argument("--datasets", type=_list(tuple(DATASETS)), default=list(DATASETS), metavar="A,B,...",
+    parser.add_argument("--datasets", type=some_of(DATASETS), default=list(DATASETS), metavar="A,B,...",
                         help="default: all of the paper's Table I")
-    parser.add_argument("--policies", type=_list(), default=["fp16", "budget", "cocktail"], metavar="A,B:option=1,...")
+    parser.add_argument("--policies", type=some_of(), default=["fp16", "budget", "cocktail"], metavar="A,B:x=1,...")
     parser.add_argument("--scorer", default="bm25")
     parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N samples of each dataset")
     parser.add_argument("--max-length", type=_at_least(2), default=3500, help="prompt tokens kept")

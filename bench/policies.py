@@ -44,7 +44,7 @@ from bench.gpu import (
     timed_steps,
     unread_weights,
 )
-from bench.report import describe_run, emit, print_table, progress, verdict
+from bench.report import describe_run, emit, print_table, progress, some_of, verdict
 from cocktail.policies import load_policy
 from cocktail.policies.pairs import LayerPairs, fingerprint
 from kernels_cu.backend import CudaBackend
@@ -281,11 +281,11 @@ def _sizes_of(config: ModelConfig) -> tuple[int, ...]:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.policies", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=_some_of(SHAPES), default=[*SHAPES], metavar="LIST",
+    parser.add_argument("--shapes", type=some_of(SHAPES), default=[*SHAPES], metavar="LIST",
                         help=f"of {', '.join(SHAPES)} (all)")
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")],
                         default=[*CONTEXTS], metavar="LIST", help="context tokens (4096,32768)")
-    parser.add_argument("--policies", type=_some_of(POLICIES), default=[*POLICIES], metavar="LIST",
+    parser.add_argument("--policies", type=some_of(POLICIES), default=[*POLICIES], metavar="LIST",
                         help=f"of {', '.join(POLICIES)} (all)")
     parser.add_argument("--budgets", type=_budgets, default=_budgets(",".join(BUDGETS)), metavar="LIST",
                         help="bits per value, or POLICY=BITS for those that match a policy's quality (3.3,3.8)")
@@ -305,16 +305,6 @@ def _budgets(text: str) -> dict[str, float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{part!r}; expected BITS or POLICY=BITS") from None
     return found
-
-
-def _some_of(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; expected some of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

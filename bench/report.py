@@ -1,4 +1,4 @@
-"""What every bench shares: where it ran, the memory read rate (its floor), intervals, tables, the closing JSON."""
+"""What every bench shares: where it ran, the memory read rate (its floor), intervals, tables, arguments, JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,19 @@ def emit(record: dict[str, Any], path: str | None = None) -> None:
     if path:
         Path(path).write_text(line + "\n")
     print(line, flush=True)
+
+
+def some_of(known: Collection[str] | None = None, least: int = 1) -> Callable[[str], list[str]]:
+    """Parses an argument with commas in it: at least so many names, each one of `known`, none twice."""
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        if unknown := [name for name in names if known is not None and name not in known]:
+            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {', '.join(known or ())}")
+        if len(names) < least or len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected different names with commas between them")
+        return names
+
+    return parse
 
 
 def on_gpu(arguments: Sequence[str] | None, figures: Sequence[str], command: str) -> bool:

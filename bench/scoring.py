@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.prompts import build_text
-from bench.report import describe_run, emit, print_table, progress
+from bench.report import describe_run, emit, print_table, progress, some_of
 from cocktail.scorers import Scorer, load_scorer
 
 QUERY = "How are the attributes of a class looked up?"
@@ -39,14 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=1024, help="of 32 tokens (1024, which is 32K tokens)")
     parser.add_argument("--device", help="of the encoders; default: their choice")
-    parser.add_argument("--scorers", default=",".join(SCORERS), help=f"of {','.join((*SCORERS, *LIBRARY))}")
+    parser.add_argument("--scorers", type=some_of((*SCORERS, *LIBRARY)), default=[*SCORERS],
+                        help=f"of {','.join((*SCORERS, *LIBRARY))}")
     parser.add_argument("--library", action="store_true", help="sentence-transformers beside our own kernels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
     args = parser.parse_args(arguments)
-    names = [*args.scorers.split(","), *(LIBRARY if args.library else ())]
-    if unknown := sorted({*names} - {*SCORERS, *LIBRARY}):
-        parser.error(f"unknown scorers {', '.join(unknown)}; expected some of {', '.join((*SCORERS, *LIBRARY))}")
+    names = dict.fromkeys([*args.scorers, *(LIBRARY if args.library else ())])
     texts, found = chunk_texts(args.chunks), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:

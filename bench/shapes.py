@@ -45,7 +45,7 @@ from bench.gpu import (
     run_case,
     shape_of,
 )
-from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, verdict
+from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, some_of, verdict
 from bench.scoring import QUERY, SCORERS, chunk_texts, make_scorer, score_seconds
 from cocktail.policies import load_policy
 from cocktail.scorers.attention import AttentionScorer, query_rows
@@ -246,7 +246,7 @@ def _arguments(arguments: Sequence[str] | None, figures: Sequence[str], command:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{command}", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model_options(parser, (*SCORERS, ATTENTION) if "TTFT" in figures else ())
-    parser.add_argument("--policies", type=_some_of(POLICIES), default=[*POLICIES], help="of fp16,mix")
+    parser.add_argument("--policies", type=some_of(POLICIES), default=[*POLICIES], help="of fp16,mix")
     parser.add_argument("--quick", action="store_true", help="one round of fewer steps, no scorers")
     args = parser.parse_args(arguments)
     args.rounds, args.steps = (1, STEPS // 2) if args.quick else (ROUNDS, STEPS)
@@ -262,20 +262,10 @@ def model_options(parser: argparse.ArgumentParser, scorers: Sequence[str]) -> No
     what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
     parser.add_argument("--backend", choices=["cuda"], default="cuda")
     parser.add_argument("--context-tokens", type=int, help=f"default: {CARD_TOKENS} for a shape, 4096 for a checkpoint")
-    parser.add_argument("--scorers", type=_some_of((*SCORERS, ATTENTION)), default=[*scorers],
+    parser.add_argument("--scorers", type=some_of((*SCORERS, ATTENTION), least=0), default=[*scorers],
                         help=f"of {','.join(SCORERS)},{ATTENTION}; default: {','.join(scorers) or 'none'}")
     parser.add_argument("--peers", action="store_true", help="transformers in the same run")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
-
-
-def _some_of(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; expected some of {','.join(known)}")
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -140,6 +141,16 @@ def test_interval_redraws_clusters():
     assert low < values.mean() < high
     assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.2)
     assert report.interval(5, lambda draws: np.full(len(draws), 2.0)) == (2, 2)
+
+
+def test_names_with_commas_between_them():
+    parse = report.some_of(("a", "b"))
+    assert parse("b, a,") == ["b", "a"]
+    assert report.some_of()("x:y=1") == ["x:y=1"]
+    assert report.some_of(("a",), least=0)("") == []
+    for wrong, why in (("a,c", "no c; there are a, b"), ("a,a", "expected different"), (",", "expected different")):
+        with pytest.raises(argparse.ArgumentTypeError, match=why):
+            parse(wrong)
 
 
 def test_verdict_names_the_side_of_the_goal():
