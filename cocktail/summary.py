@@ -1,4 +1,4 @@
-"""What the command line shows besides the answer: a progress bar, the summary, the map of a plan."""
+"""What the command line shows besides the answer: a progress bar and the summary."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cocktail import Answer, Stats
-    from runtime.plan import Plan
-
-MAP_WIDTH = 96  # chunks per line of a plan's map
-MARKS = ".:-=+*%@"  # poorer tiers first; FP16 is always #
 
 
 def table(answer: Answer) -> str:
@@ -45,23 +41,6 @@ def table(answer: Answer) -> str:
 def json_line(answer: Answer) -> str:
     """Every statistic and the finish reason as one line of JSON."""
     return json.dumps(answer.stats.to_dict() | {"finish_reason": answer.finish_reason}, allow_nan=False)
-
-
-def plan_map(plan: Plan) -> str:
-    """One mark per chunk in document order; where layers differ, those of the first, the middle and the last."""
-    layout = plan.layout
-    ranked = sorted(range(len(layout.tiers)), key=lambda i: (layout.tiers[i].k_bits, layout.tiers[i].v_bits))
-    marks = dict(zip(ranked, MARKS, strict=False))
-    marks |= {i: "#" for i in ranked if str(layout.tiers[i]) == "FP16"}
-    shown = [0] if len(set(plan.assignment)) == 1 else sorted({0, layout.n_layers // 2, layout.n_layers - 1})
-    used = set().union(*(plan.assignment[layer] for layer in shown))
-    legend = ", ".join(f"{marks.get(i, '?')} {layout.tiers[i]}" for i in ranked if i in used)
-    lines = [f"chunks in document order ({legend})"]
-    for layer in shown:
-        drawn = "".join(marks.get(tier, "?") for tier in plan.assignment[layer])
-        lines += [f"layer {layer}"] * (len(shown) > 1)
-        lines += [drawn[i : i + MAP_WIDTH] for i in range(0, len(drawn), MAP_WIDTH)]
-    return "\n".join(lines)
 
 
 class ProgressBar:

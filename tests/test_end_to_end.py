@@ -93,7 +93,7 @@ def test_statistics_are_those_of_the_run(cli, document):
 
 def test_the_summary_names_every_tier(cli):
     _, _, err = cli(*ASK, "--show-plan")
-    for shown in ("FP16", "K8V4", "K4V3", "K3V2", "bits per value", "TTFT", "TPOT", "chunks in document order"):
+    for shown in ("FP16", "K8V4", "K4V3", "K3V2", "bits per value", "TTFT", "TPOT", "chunks, in document order"):
         assert shown in err
 
 

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 (32)")
     cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
     cache.add_argument("--plan-out", metavar="FILE", help="write the plan as JSON")
-    cache.add_argument("--show-plan", action="store_true", help="print the plan and a map of its chunks")
+    cache.add_argument("--show-plan", action="store_true", help="print the plan and a strip of its chunks")
 
     answer = p.add_argument_group("answer")
     answer.add_argument("--max-tokens", metavar="N", type=at_least(1), help="most tokens to generate (256)")

@@ -43,7 +43,10 @@ def report(answer: Answer, options: argparse.Namespace) -> int:
     if options.plan_out is not None:
         _write(options.plan_out, answer.plan.to_json() + "\n")
     if options.show_plan:
-        print(f"\n{answer.plan.table()}\n{summary.plan_map(answer.plan)}", file=sys.stderr)
+        from cocktail.strip import show_plan
+
+        print(file=sys.stderr)
+        show_plan(answer.plan, sys.stderr)
     if options.stats == "json":
         print(summary.json_line(answer), file=sys.stderr)
     elif options.stats == "table" and not options.quiet:
