@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -146,13 +147,29 @@ class Reading:
 
 def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress: Progress | None = None,
          tile: int | None = None) -> Reading:
-    """One prefill that fills one cache per plan; raises PromptError, PlanError or OutOfMemory before any work.
+    """One prefill that fills one cache per plan, from beginning to end; arguments and errors are read_in_steps'."""
+    steps = read_in_steps(model, prompt, plans, tile)
+    while True:
+        try:
+            done, total = next(steps)
+        except StopIteration as end:
+            reading: Reading = end.value
+            return reading
+        if progress is not None:
+            progress(done, total)
 
-    The caches are allocated before the prompt is read: a plan that does not fit costs no prefill. A pending plan is
-    made, on this thread, when the first layer is to be packed: CUDA has been handed that whole layer by then and works
-    on it meanwhile. (A second thread would fight this one for the interpreter at every launch, and a CPU has no idle
-    cores to win.) A layerwise plan comes in every layer, in the same way.
-    tile: tokens of one prefill step, None for the backend's own choice.
+
+def read_in_steps(model: Model, prompt: Sequence[int], plans: Sequence[Planned],
+                  tile: int | None = None) -> Generator[tuple[int, int], None, Reading]:
+    """One prefill that fills one cache per plan, a (layer, token tile) at every next(); yields (steps done, steps in
+    all) and returns the Reading. Closed midway, it gives everything back.
+
+    Raises PromptError, PlanError or OutOfMemory before any work: the caches are there when this returns, so a plan
+    that does not fit costs no prefill. A pending plan is made, on the thread that drives the steps, when the first
+    layer is to be packed: CUDA has been handed that whole layer by then and works on it meanwhile. (A second thread
+    would fight this one for the interpreter at every launch, and a CPU has no idle cores to win.) A layerwise plan
+    comes in every layer, in the same way.
+    tile: tokens of one step, None for the backend's own choice.
     """
     if not prompt:
         raise PromptError("the prompt is empty; give a context, a query or both")
@@ -160,30 +177,46 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress
     for plan in plans:
         plan.layout.check(n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
                           window=config.sliding_window, prompt_tokens=len(prompt))
-    begin = time.perf_counter()
-    try:
+    with _memory_for(prompt):
+        begin = time.perf_counter()
         rope = model.rope(len(prompt), len(prompt) + max(plan.layout.max_new for plan in plans))
-        before = time.perf_counter()
+        seconds = time.perf_counter() - begin
+        # Allocation is no prefill, and the first one loads kernels: it is not timed.
         caches = tuple(Cache(model.backend, config, plan.layout, format_data(model.backend, config, plan.layout, rope))
                        for plan in plans)
-        begin += time.perf_counter() - before  # allocation is no prefill, and the first one loads kernels
         watched = _watched(model, plans)
-        for cache, plan in zip(caches, plans, strict=True):
-            cache.assign(plan if isinstance(plan, Plan) else plan.make if isinstance(plan, PendingPlan)
-                         else LayerChoices(plan, watched[_grid(plan)]))
-        logits = model.backend.empty((1, config.vocab_size), np.float32)
-        for done, total in prefill(model, prompt, rope, caches, logits, tile or model.backend.prefill_tile,
-                                   tuple(watched.values())):
-            if progress is not None:
-                progress(done, total)
+    for cache, plan in zip(caches, plans, strict=True):
+        cache.assign(plan if isinstance(plan, Plan) else plan.make if isinstance(plan, PendingPlan)
+                     else LayerChoices(plan, watched[_grid(plan)]))
+    return _filled(model, tuple(prompt), rope, caches, tuple(watched.values()), tile or model.backend.prefill_tile,
+                   seconds)
+
+
+def _filled(model: Model, prompt: tuple[int, ...], rope: tuple[Array, Array], caches: tuple[Cache, ...],
+            watched: tuple[QueryAttention, ...], tile: int,
+            seconds: float) -> Generator[tuple[int, int], None, Reading]:
+    """The steps of read_in_steps. seconds: what went by before; the caller's time between steps is not counted."""
+    with _memory_for(prompt):
+        begin = time.perf_counter()
+        logits = model.backend.empty((1, model.config.vocab_size), np.float32)
+        for step in prefill(model, prompt, rope, caches, logits, tile, watched):
+            seconds += time.perf_counter() - begin
+            yield step
+            begin = time.perf_counter()
+        first = model.backend.download(logits).copy()
+        seconds += time.perf_counter() - begin
+        pack, plan, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
+        looked = sum(attention.seconds() for attention in watched)
+        timing = Timing(prefill=seconds - wait - looked, pack=pack, plan=plan + looked, wait=wait + looked)
+        return Reading(model, prompt, caches, rope, first, timing)
+
+
+@contextmanager
+def _memory_for(prompt: Sequence[int]) -> Iterator[None]:
+    try:
+        yield
     except MemoryError as error:
         raise OutOfMemory(f"no memory to read {len(prompt)} tokens: {error}; a shorter context needs less") from error
-    first = model.backend.download(logits).copy()
-    seconds = time.perf_counter() - begin
-    pack, plan_, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
-    looked = sum(attention.seconds() for attention in watched.values())
-    timing = Timing(prefill=seconds - wait - looked, pack=pack, plan=plan_ + looked, wait=wait + looked)
-    return Reading(model, tuple(prompt), caches, rope, first, timing)
 
 
 def _grid(plan: LayerwisePlan) -> tuple[range, int, int]:
