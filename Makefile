@@ -3,6 +3,7 @@
 # make test-gpu  the CUDA kernels' tests with many examples on this machine's GPU; ends with tables of what they covered
 # make sanitize  the same with few examples and small shapes under compute-sanitizer: memcheck and racecheck
 # make check     ruff and mypy
+# make docs      the API page from the docstrings, in docs/api/
 # make bench     quality and speed on the demo model
 # make clean     remove what was built; the virtual environment and the models go with `make distclean`
 #
@@ -29,7 +30,7 @@ CUDA              ?= cuda13
 SANITIZER         ?= compute-sanitizer
 SANITIZER_TOOLS   ?= memcheck racecheck
 
-.PHONY: demo test check bench test-gpu sanitize clean distclean
+.PHONY: demo test check docs bench test-gpu sanitize clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(GGUF)
@@ -43,6 +44,9 @@ test: $(VENV)/.test $(DEMO)
 check: $(VENV)/.test
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+
+docs: $(VENV)/.test
+	$(RUN) docs/build.py
 
 bench: $(VENV)/.test $(DEMO)
 	$(RUN) -m bench.quality --quick --without kvquant kvtuner
@@ -96,7 +100,7 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.gpu
+	rm -rf build dist docs/api *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.gpu
 
 distclean: clean
 	rm -rf $(VENV) $(MODELS)

@@ -5,6 +5,10 @@
     doc = model.read(open("report.txt").read())
     print(doc.ask("Who signed the contract?", kv_bits=3.3).text)
 
+What is named here is the public API: it changes only with an entry in CHANGELOG.md, and a name that goes is deprecated
+for one release first. Everything else may change at any time. It is typed (`py.typed`). Arrays are NumPy arrays on the
+host; token ids are ints; sizes are bytes, times seconds. What is refused raises a subclass of `CocktailError`.
+
 Names are imported on first use, so that `import cocktail` costs nothing.
 """
 
@@ -16,25 +20,46 @@ if TYPE_CHECKING:
     from cocktail.answer import Answer, AnswerStream, Stats
     from cocktail.document import Comparison, Document, plan_stats
     from cocktail.model import Model, load
-    from runtime.errors import CocktailError
-    from runtime.plan import Plan
+    from cocktail.policies import Policy, load_policy
+    from cocktail.scorers import Scorer, load_scorer
+    from runtime.errors import (
+        BackendError,
+        CheckpointError,
+        CocktailError,
+        OutOfMemory,
+        PlanError,
+        PromptError,
+        ScorerError,
+        TokenizerError,
+    )
+    from runtime.plan import DocumentShape, Layout, Plan, Tier
     from runtime.sampler import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answer": "cocktail.answer", "AnswerStream": "cocktail.answer", "Stats": "cocktail.answer",
-    "Comparison": "cocktail.document", "Document": "cocktail.document", "plan_stats": "cocktail.document",
-    "Model": "cocktail.model", "load": "cocktail.model",
-    "CocktailError": "runtime.errors", "Plan": "runtime.plan", "SamplingParams": "runtime.sampler",
+    "cocktail.answer": ("Answer", "AnswerStream", "Stats"),
+    "cocktail.document": ("Comparison", "Document", "plan_stats"),
+    "cocktail.model": ("Model", "load"),
+    "cocktail.policies": ("Policy", "load_policy"),
+    "cocktail.scorers": ("Scorer", "load_scorer"),
+    "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "OutOfMemory", "PlanError", "PromptError",
+                       "ScorerError", "TokenizerError"),
+    "runtime.plan": ("DocumentShape", "Layout", "Plan", "Tier"),
+    "runtime.sampler": ("SamplingParams",),
 }
-__all__ = ["Answer", "AnswerStream", "CocktailError", "Comparison", "Document", "Model", "Plan", "SamplingParams",
-           "Stats", "load", "plan_stats"]
+__all__ = [  # noqa: RUF022 (the order of the API page)
+    "load", "Model", "Document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
+    "Plan", "Layout", "DocumentShape", "Tier", "plan_stats", "Policy", "load_policy", "Scorer", "load_scorer",
+    "CocktailError", "CheckpointError", "TokenizerError", "BackendError", "OutOfMemory", "PromptError", "PlanError",
+    "ScorerError",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cocktail' has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+            return globals().setdefault(name, getattr(import_module(module), name))
+    raise AttributeError(f"module 'cocktail' has no attribute {name!r}")

@@ -27,11 +27,14 @@ FinishReason = Literal["eos", "length", "stop", "interrupted"]
 class Stats:
     """What one answer cost. Bytes are those of the allocation, times are seconds of wall clock.
 
+    prompt_tokens: prefix, context and suffix; context_tokens: the context alone; generated_tokens: with the end token.
     ttft_s: scoring, prefill (packing included) and the first draw. tpot_s: mean of the decode steps after it.
     score_s: all of scoring, by attention too; score_wait_s: the part of it that no prefill covered, which alone is in
-    ttft_s.
-    chunks: per tier, in the first layer. cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16 bits.
-    peak_memory_bytes: resident memory of the process, its maximum so far.
+    ttft_s. prefill_s: the forward pass over the prompt and packing; pack_s: packing's share of it.
+    chunks: per tier, in the first layer. context_bits_per_value: context bytes * 8 / context values, all metadata and
+    the sink counted, the tail not (FP16: 16). cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16
+    bits. weights_bytes: on the device. peak_memory_bytes: resident memory of the process, its maximum so far.
+    kernels: operation -> the kernel that ran it. policy, scorer: the names in the plan.
     """
 
     prompt_tokens: int
@@ -55,12 +58,18 @@ class Stats:
     scorer: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Every statistic by its name, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """finish_reason: "eos", "length" (max_tokens reached), "stop" (a stop string), "interrupted" (Ctrl-C or closed)."""
+    """A whole answer.
+
+    text: without the stop string and special tokens. ids: what was generated, with the end token where it came.
+    finish_reason: "eos", "length" (max_tokens reached), "stop" (a stop string), "interrupted" (Ctrl-C or closed).
+    plan: which chunk kept how many bits. stats: what it cost.
+    """
 
     text: str
     ids: tuple[int, ...]

@@ -36,7 +36,8 @@ class Comparison:
     """One plan's side of Document.compare.
 
     ids, text: its own greedy answer. logits: (len(answer_ids), V) float32, teacher-forced along the common answer;
-    row 0 is the exact prefill's. plan: the one that was followed, whole.
+    row 0 is the exact prefill's. arena_bytes: of its whole cache. context_bits_per_value: as in Stats. plan: the one
+    that was followed, whole.
     """
 
     ids: tuple[int, ...]
@@ -63,6 +64,7 @@ class Document:
 
     @property
     def n_chunks(self) -> int:
+        """Whole chunks of the context; what is left over stays FP16."""
         return len(self.chunk_texts)
 
     def prompt(self, query: str) -> tuple[int, ...]:

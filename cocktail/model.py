@@ -23,10 +23,11 @@ Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 
 def load(path: str | Path, *, backend: str = "auto", threads: int | None = None, graph: bool = True) -> Model:
-    """Load a .safetensors file, a sharded index or a Hugging Face folder.
+    """Load a model: LlamaForCausalLM or MistralForCausalLM in F32, F16 or BF16, with its tokenizer.
 
-    backend: "auto", "cpu" or "cuda". threads: of the CPU backend, None for a measured choice. graph: whether CUDA
-    captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
+    path: a .safetensors file, the .index.json of a sharded one, or a Hugging Face folder. backend: "auto" (CUDA where
+    CuPy and a GPU are there), "cpu" or "cuda". threads: of the CPU backend, None for a measured choice.
+    graph: whether CUDA captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
     """
     with Checkpoint.open(path) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -47,7 +48,11 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
 
 
 class Model:
-    """What `load` returns. Reading a document or generating keeps no state in it."""
+    """What `load` returns. Reading a document or generating keeps no state in it.
+
+    tokenizer: text to ids and back. template: the chat template, None where the checkpoint has none. engine: the model
+    as the runtime sees it; no part of the stable API.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None):
         self.engine = engine
@@ -56,18 +61,25 @@ class Model:
 
     @property
     def config(self) -> ModelConfig:
+        """Layers, heads, positions, ...: the checkpoint's config.json, validated."""
         return self.engine.config
 
     @property
     def backend(self) -> Backend:
+        """What runs the kernels; `backend.name` is "cpu" or "cuda"."""
         return self.engine.backend
 
     @property
     def weights_bytes(self) -> int:
+        """Bytes of the weights as they lie on the device."""
         return self.engine.weights.nbytes
 
     def read(self, context: str, *, chunk: int = 32, system: str | None = None) -> Document:
-        """A document to ask about, cut into chunks of `chunk` tokens. Raises PromptError, PlanError."""
+        """A document to ask about, cut into chunks of `chunk` tokens: a multiple of 8 from 8 to 256.
+
+        system: the system message of the chat template, None for the template's own. Raises PromptError where the
+        context is empty, PlanError for another chunk size.
+        """
         return Document(self, context, chunk, system)
 
     @overload
@@ -85,8 +97,11 @@ class Model:
                  progress: Callable[[str, int, int], None] | None = None, raw: bool = False) -> Answer | AnswerStream:
         """Answer a prompt without a document; the cache is FP16.
 
-        prompt: one user turn, or chat messages, rendered by the model's chat template; raw=True, or a model without a
-        template, completes the text as it stands. Raises PromptError where it does not fit the model's positions.
+        prompt: one user turn, or chat messages ({"role": "user", "content": "..."}), rendered by the model's chat
+        template; raw=True, or a model without a template, completes the text as it stands. max_tokens: None for up to
+        256. sampling: None is greedy. stop: texts to end before. stream=True returns an AnswerStream: iterate it for
+        pieces of text. progress(stage, done, total) reports "prefill". Raises PromptError where prompt and answer do
+        not fit the model's positions, OutOfMemory.
         """
         ids = tuple(self._prompt_ids(prompt, raw))
         max_new = check_positions(self.config, len(ids), max_tokens)

@@ -91,10 +91,12 @@ class DocumentShape:
 
     @property
     def context_tokens(self) -> int:
+        """Whole chunks and the remainder."""
         return self.n_chunks * self.chunk + self.remainder
 
     @property
     def prompt_tokens(self) -> int:
+        """Prefix, context and suffix."""
         return self.prefix + self.n_chunks * self.chunk + self.remainder + self.suffix
 
     @property
