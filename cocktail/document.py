@@ -6,6 +6,7 @@ never depend on the question.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from cocktail.scorers.attention import AttentionScorer, query_rows
 from runtime.chat import PromptParts, split_prompt
 from runtime.engine import PendingPlan, Planned, Reading, read
 from runtime.errors import PlanError, PromptError
-from runtime.plan import DocumentShape, Layout, Plan
+from runtime.plan import HIDDEN, DocumentShape, Plan
 from runtime.sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Document:
         parts = split_prompt(model.tokenizer, model.template, context, "", system)
         self.prefix_ids, self.context_ids = tuple(parts.prefix_ids), tuple(parts.context_ids)
         _, self.chunk_texts, self.remainder = cut(model.tokenizer, self.context_ids, chunk)
+        self.digest = hashlib.sha256(np.array(self.context_ids, "<i4").tobytes()).hexdigest()[:16]
         self._scorers: dict[str, Scorer] = {}
 
     @property
@@ -78,7 +80,7 @@ class Document:
         return DocumentShape(
             n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, chunk=self.chunk,
             n_chunks=self.n_chunks, prefix=prefix, remainder=self.remainder, suffix=suffix,
-            max_new=check_positions(config, length, max_tokens), window=config.sliding_window)
+            max_new=check_positions(config, length, max_tokens), window=config.sliding_window, digest=self.digest)
 
     def plan(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
              max_tokens: int | None = None, **options: Any) -> Plan:
@@ -129,7 +131,7 @@ class Document:
         else:
             chosen_plan, seconds = plan, 0.0
         max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
-        self._check_layout(chosen_plan.layout, query, max_new)
+        self._check_plan(chosen_plan, query, max_new)
         answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
                                   sampling or SamplingParams(), max_new, tuple(stop), seconds, progress))
         return answer if stream else answer.answer
@@ -197,15 +199,22 @@ class Document:
 
     def _read(self, query: str, plans: Sequence[Planned], progress: ProgressReport | None = None) -> Reading:
         for plan in plans:
-            self._check_layout(plan.layout, query, plan.layout.max_new)
+            self._check_plan(plan, query, plan.layout.max_new)
         report = None if progress is None else lambda done, total: progress("prefill", done, total)
         return read(self.model.engine, self.prompt(query), plans, report)
 
-    def _check_layout(self, layout: Layout, query: str, max_new: int) -> None:
-        shape = self.shape(query, max_new)
-        layout.check(chunk=shape.chunk, prefix=shape.prefix, context_tokens=shape.context_tokens, suffix=shape.suffix)
+    def _check_plan(self, plan: Planned, query: str, max_new: int) -> None:
+        """Raises PlanError where it was made for another model, document or length of question, as far as known."""
+        layout, shape = plan.layout, self.shape(query, max_new)
+        layout.check(**{name: getattr(shape, name) for name in (
+            "n_layers", "n_kv_heads", "head_dim", "window", "chunk", "prefix", "context_tokens", "suffix")})
+        if layout.digest not in (None, shape.digest):
+            raise PlanError(f"the plan was made for another document, of as many tokens: the digest of its ids is "
+                            f"{layout.digest}, expected {shape.digest}; make a new plan")
         if max_new > layout.max_new:
             raise PlanError(f"{max_new} tokens are to be generated; the plan has room for {layout.max_new}")
+        if isinstance(plan, Plan):
+            _check_stored(plan)
 
     def _parts(self, query: str) -> PromptParts:
         # Any context gives the same suffix: it is tokenized apart. A letter spares tokenizing the document again.
@@ -220,6 +229,18 @@ class Document:
 
     def _last_text(self) -> str:
         return self.model.tokenizer.decode(self.context_ids[-64:])
+
+
+def _check_stored(plan: Plan) -> None:
+    """Every chunk that an answer can see has to be stored; policies see to it, an edited plan may not."""
+    layout = plan.layout
+    if HIDDEN not in layout.tiers:
+        return
+    index, visible = layout.tiers.index(HIDDEN), len(layout.hidden_chunks())
+    for layer, tiers in enumerate(plan.assignment):
+        if index in tiers[visible:]:
+            raise PlanError(f"chunk {tiers.index(index, visible)} of layer {layer} is not stored ({HIDDEN}), but the "
+                            "answer can see it; expected a tier of 2 bits or more")
 
 
 def plan_stats(plan: Plan) -> dict[str, Any]:

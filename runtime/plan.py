@@ -63,7 +63,8 @@ HIDDEN = Tier(0, 0)
 class DocumentShape:
     """The sizes of one prompt in one model; tokens unless said otherwise.
 
-    window is the model's sliding window (a key is visible when 0 <= query - key < window) or None.
+    window is the model's sliding window (a key is visible when 0 <= query - key < window) or None. digest: of the
+    context's ids, so that a plan is followed for its own document only; None where it was made for none in particular.
     """
 
     n_layers: int
@@ -76,6 +77,7 @@ class DocumentShape:
     suffix: int
     max_new: int
     window: int | None
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_kv_heads", "head_dim"):
@@ -87,6 +89,8 @@ class DocumentShape:
             raise PlanError(f"remainder is {self.remainder}; expected less than one chunk of {self.chunk}")
         if self.window is not None:
             checks.integer("window", self.window, 1)
+        if self.digest is not None:
+            checks.line("digest", self.digest)
         checks.integer("prompt plus max_new", self.prompt_tokens + self.max_new, 0)
 
     @property

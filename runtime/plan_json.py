@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from runtime import plan_checks as checks
 from runtime.errors import PlanError
 from runtime.plan import CalibrationFile, DocumentShape, Layout, Plan, Tier
 
-VERSION = 3
+VERSION = 4
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one per tier; there are at most 26 distinct tiers
 _FIELDS = {"version", "policy", "scorer", "notes", "shape", "tiers", "assignments", "layers", "scores", "permutation",
            "in_place", "formats", "flush", "calibration"}
@@ -53,10 +53,12 @@ def read(text: str) -> Plan:
     shape = _typed(data, "shape", dict)
     _keys("plan shape", shape, {f.name for f in fields(DocumentShape)})
     checks.integer("n_layers", shape["n_layers"], 1)
+    checks.integer("n_chunks", shape["n_chunks"], 0)
     tiers = tuple(Tier.parse(tier) for tier in _strings(data, "tiers"))
-    assignments = [_tier_indices(digits, len(tiers)) for digits in _strings(data, "assignments")]
+    written = _strings(data, "assignments")
     layers = tuple(_typed(data, "layers", list))
-    checks.indices("plan layers", layers, shape["n_layers"], len(assignments))
+    checks.indices("plan layers", layers, shape["n_layers"], len(written))
+    assignments = [_tier_indices(i, digits, tiers, shape["n_chunks"], layers) for i, digits in enumerate(written)]
     counts = [checks.per_tier(assignment, len(tiers)) for assignment in assignments]
     placed = tuple(assignments[i] for i in layers)
     layout = Layout(**shape, tiers=tiers, counts=tuple(counts[i] for i in layers),
@@ -99,12 +101,18 @@ def _calibration(data: Mapping[str, Any]) -> CalibrationFile | None:
     return CalibrationFile(*parts)
 
 
-def _tier_indices(digits: str, n_tiers: int) -> tuple[int, ...]:
-    known = {digit: tier for tier, digit in enumerate(_DIGITS[:n_tiers])}
-    try:
-        return tuple(known[digit] for digit in digits)
-    except KeyError as error:
-        raise PlanError(f"an assignment names tier {error}; expected digits of {n_tiers} tiers") from None
+def _tier_indices(number: int, digits: str, tiers: Sequence[Tier], n_chunks: int,
+                  layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The tier index of every chunk in one of the assignments."""
+    used = f"assignment {number}" + (f" (layer {layers.index(number)})" if number in layers else "")
+    if len(digits) != n_chunks:
+        raise PlanError(f"{used} has {len(digits)} chunks; expected {n_chunks}, one digit for each")
+    known = {digit: tier for tier, digit in enumerate(_DIGITS[:len(tiers)])}
+    for chunk, digit in enumerate(digits):
+        if digit not in known:
+            raise PlanError(f"chunk {chunk} in {used} is at {digit!r}; expected one of "
+                            + ", ".join(f"{one} ({tier})" for one, tier in zip(known, tiers, strict=True)))
+    return tuple(known[digit] for digit in digits)
 
 
 def _float(value: Any) -> Any:

@@ -30,7 +30,8 @@ def plans(draw: st.DrawFn) -> Plan:
         suffix=draw(st.integers(0, 99)), max_new=draw(st.integers(0, 99)),
         window=draw(st.none() | st.integers(1, 5000)), tiers=tiers,
         counts=tuple(tuple(layer.count(tier) for tier in range(len(tiers))) for layer in assignment), formats=family,
-        flush=flush, calibration=draw(st.none() | st.builds(CalibrationFile, LINES, LINES)) if family == "kvquant"
+        flush=flush, digest=draw(st.none() | LINES),
+        calibration=draw(st.none() | st.builds(CalibrationFile, LINES, LINES)) if family == "kvquant"
         else None)
     return Plan(layout, assignment, draw(LINES), draw(LINES),
                 draw(st.none() | st.lists(FLOATS, min_size=n, max_size=n).map(tuple)),

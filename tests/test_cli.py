@@ -251,7 +251,7 @@ BAD = [
     ([*ASK, "--policy", "uniform", "--tier", "K4V4", "--scorer", "bm25"], "policy uniform looks at no scores"),
     ([*ASK, "--policy", "kvtuner"], "policy kvtuner needs pairs"),
     ([*ASK, "--policy", "kvtuner", "--pairs", "nowhere.json"], "pairs file nowhere.json: No such file"),
-    ([*ASK, "--pairs", "plan.json"], '"version" is 3'),
+    ([*ASK, "--pairs", "plan.json"], '"version" is 4'),
     ([*ASK, "--pairs", "pairs.json", "--pairs-bits", "3"], "no trade-off of at most 3 bits"),
     ([*ASK, "--pairs-bits", "3"], "no pairs file to choose from"),
     ([*ASK, "--scorer", "hybrid"], "scorer hybrid needs an encoder"),

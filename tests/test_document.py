@@ -1,5 +1,6 @@
 """Document: plans, answers, teacher forcing and comparisons agree with one another; misuse is refused by name."""
 
+import json
 import time
 
 import numpy as np
@@ -178,6 +179,38 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it(doc):
 def test_without_any_question_the_end_of_the_document_is_scored(doc):
     plan = doc.plan("", max_tokens=4, scorer="bm25")
     assert max(plan.scores) > 0
+
+
+def test_an_edited_plan_is_followed(doc):
+    plan = doc.plan(QUESTION, max_tokens=4, kv_bits=3.3)
+    data = json.loads(plan.to_json())
+    best = data["tiers"].index(str(max(plan.layout.tiers, key=lambda tier: tier.k_bits + tier.v_bits)))
+    data["assignments"] = [chunks[:3] + str(best) + chunks[4:] for chunks in data["assignments"]]
+    edited = Plan.from_json(json.dumps(data))
+    assert {chunks[3] for chunks in edited.assignment} == {best}
+    assert doc.ask(QUESTION, plan=edited).stats.cache_bytes >= doc.ask(QUESTION, plan=plan).stats.cache_bytes
+
+
+def test_a_plan_of_another_document_of_as_many_tokens_is_refused(doc, model, text):
+    plan = doc.plan(QUESTION, max_tokens=4)
+    other = model.read(text[:4999] + ("a" if text[4999] != "a" else "b"))
+    assert other.shape(QUESTION).context_tokens == plan.layout.context_tokens
+    with pytest.raises(PlanError, match=f"another document.* is {doc.digest}, expected {other.digest}"):
+        other.ask(QUESTION, plan=plan)
+    unsigned = json.loads(plan.to_json())
+    unsigned["shape"]["digest"] = None
+    assert other.ask(QUESTION, plan=Plan.from_json(json.dumps(unsigned))).ids
+
+
+def test_a_plan_that_drops_what_the_answer_can_see_is_refused(doc):
+    plan = doc.plan(QUESTION, policy="uniform", tier="K4V4", max_tokens=4)
+    data = json.loads(plan.to_json())
+    data["tiers"].append("K0V0")
+    dropped = str(len(data["tiers"]) - 1)
+    data["assignments"] = [data["assignments"][0], data["assignments"][0][:2] + dropped + data["assignments"][0][3:]]
+    data["layers"] = [0] * (plan.layout.n_layers - 1) + [1]
+    with pytest.raises(PlanError, match=r"chunk 2 of layer 1 is not stored \(K0V0\)"):
+        doc.ask(QUESTION, plan=Plan.from_json(json.dumps(data)))
 
 
 def test_misuse_is_refused(doc, model, text):

@@ -1,6 +1,7 @@
 """Plans: a valid one survives JSON exactly, an invalid one is refused with PlanError and nothing else."""
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
@@ -295,6 +296,23 @@ def test_mutated_text_gives_a_plan_or_plan_error(data: st.DataObject) -> None:
     at, n = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 20))
     with suppress(PlanError):
         Plan.from_json(text[:at] + data.draw(st.text(max_size=5)) + text[at + n:])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"assignments": ["0112", "0x12"], "layers": [0, 1, 1]},
+     "chunk 1 in assignment 1 (layer 1) is at 'x'; expected one of 0 (K3V2), 1 (K4V4), 2 (FP16)"),
+    ({"assignments": ["011"], "layers": [0, 0, 0]},
+     "assignment 0 (layer 0) has 3 chunks; expected 4, one digit for each"),
+    ({"assignments": ["0112"], "layers": [0, 0]}, "plan layers has 2 entries; expected 3"),
+    ({"assignments": ["0112"], "layers": [0, 0, 1]}, "an entry of plan layers is 1; expected an integer from 0 to 0"),
+    ({"tiers": ["K3V2", "K4V5", "FP16"]}, "tier v_bits is 5; expected one of 0, 2, 3, 4, 8, 16"),
+    ({"tiers": ["K3V2", "K3V2", "FP16"]}, "layout tiers are (K3V2, K3V2, FP16); expected at least one"),
+])
+def test_a_slip_of_whoever_edits_a_plan_is_named(change: dict[str, object], message: str) -> None:
+    plan = small()
+    data = json.loads(plan.to_json()) | {"tiers": ["K3V2", "K4V4", "FP16"]} | change
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Plan.from_json(json.dumps(data))
 
 
 def test_integers_are_read_as_scores() -> None:
