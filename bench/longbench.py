@@ -194,7 +194,8 @@ def _run(args: argparse.Namespace) -> None:
     formats = read_formats(args.data, args.datasets)
     samples = {name: read_samples(args.data, name, args.limit) for name in args.datasets}
     methods = [parse_method(text, args.scorer) for text in args.policies]
-    scorers = {method.scorer: load_scorer(method.scorer) for method in methods}
+    device = "cpu" if args.backend == "cpu" else None
+    scorers = {method.scorer: load_scorer(method.scorer, device=device, threads=args.threads) for method in methods}
     run, begin = describe_run(), time.perf_counter()
     model = cocktail.load(args.model, backend=args.backend, threads=args.threads)
     outcomes: dict[str, dict[str, list[Outcome]]] = {method.label: {} for method in methods}

@@ -39,7 +39,9 @@ class Worker:
         # A graph would be captured for every cache, and used once.
         self._model = cocktail.load(machine.model, backend=machine.backend, threads=machine.threads, graph=False)
         folders = dict(machine.encoders)
-        self._scorers: dict[str, Scorer] = {name: load_scorer(folders.get(name, name)) for name in machine.scorers}
+        device = "cpu" if machine.backend == "cpu" else None
+        self._scorers: dict[str, Scorer] = {name: load_scorer(folders.get(name, name), device=device)
+                                            for name in machine.scorers}
         self._seed = machine.seed
 
     def measure(self, i: int, prompt: Prompt, settings: Sequence[Setting]) -> Found:

@@ -75,9 +75,8 @@ def make_scorer(name: str, texts: Sequence[str], folder: Path, device: str | Non
     encoder = folder / ("minilm" if name == "hybrid" else size)
     if not encoder.exists():
         _save_encoder(encoder, *ENCODERS[encoder.name], texts)
-    options = {} if device is None else {"device": device}
     by = "hybrid" if name == "hybrid" else by
-    return load_scorer(f"{by}:{encoder}" if by else str(encoder), **options)
+    return load_scorer(f"{by}:{encoder}" if by else str(encoder), device=device)
 
 
 def score_seconds(scorer: Scorer, texts: Sequence[str], rounds: int = 5) -> float:

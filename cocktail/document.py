@@ -224,7 +224,8 @@ class Document:
         if not isinstance(scorer, str):
             return scorer
         if scorer not in self._scorers:
-            self._scorers[scorer] = load_scorer(scorer)
+            device = "cpu" if self.model.backend.name == "cpu" else None
+            self._scorers[scorer] = load_scorer(scorer, device=device)
         return self._scorers[scorer]
 
     def _last_text(self) -> str:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from kernels_c.arrays import F16, F32, I32, U8, Buffer, Matrix, allocate, check, matrix_record, pointer, vector_pointer
 from kernels_c.cache_ops import CacheOps
 from kernels_c.errors import KernelError
-from kernels_c.isa import choose_isa, lib, operation
+from kernels_c.isa import choose_isa, operation
 from kernels_c.machine import available_bytes
-from kernels_c.threads import default_threads
+from kernels_c.threads import set_threads
 
 Draws = Any  # runtime.backend.Draws
 
@@ -26,7 +26,7 @@ class CpuBackend(CacheOps):
     """The C kernels of one instruction set.
 
     isa: "scalar", "avx2" or "avx512"; None takes COCKTAIL_ISA, else the widest this processor has.
-    threads: of the process-wide pool; None measures what helps (threads.default_threads). Results never depend on it.
+    threads: of the process-wide pool; None measures what helps (kernels_c.threads). Results never depend on it.
     """
 
     name = "cpu"
@@ -34,11 +34,8 @@ class CpuBackend(CacheOps):
     asynchronous = False
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise KernelError(f"threads must be at least 1, but is {threads}")
         self.isa = choose_isa(isa)
-        self.threads, self.streaming_threads = (threads, threads) if threads else default_threads(self.isa)
-        lib.pool_set_threads(self.threads, self.streaming_threads)
+        self.threads, self.streaming_threads = set_threads(self.isa, threads)
         compiled = [operation(name, self.isa) for name in _OPERATIONS]
         self._embed, self._qkv, self._prefill_attention, self._linear_add, self._gate_up, *compiled = compiled
         self._logits, self._sample, self._attention_mass = compiled

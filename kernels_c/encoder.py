@@ -11,22 +11,24 @@ import numpy.typing as npt
 from kernels_c.arrays import F32, I32, Buffer, Matrix, allocate, check, matrix_record, pointer
 from kernels_c.errors import KernelError
 from kernels_c.isa import choose_isa, lib, operation
-from kernels_c.threads import default_threads
+from kernels_c.threads import set_threads
 
 Norm = Any  # runtime.encoder.Norm
 Tensor = Any  # runtime.checkpoint.Tensor
 
 
 class CpuEncoder:
-    """The C kernels of one instruction set (kernels_c.backend.CpuBackend). Threads are those of the process-wide pool,
-    as a CpuBackend has set them; where none has, as many as help."""
+    """The C kernels of one instruction set (kernels_c.backend.CpuBackend).
+
+    threads: of the process-wide pool; None leaves it as it is, or, where nothing has set it, at as many as help.
+    """
 
     tile = 512
 
-    def __init__(self, isa: str | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.architecture = isa = choose_isa(isa)
-        if not lib.pool_threads():
-            lib.pool_set_threads(*default_threads(isa))
+        if threads is not None or not lib.pool_threads():
+            set_threads(isa, threads)
         self._embed, self._attention, self._add, self._gelu, self._pool = (
             operation(f"encoder_{name}", isa) for name in ("embed", "attention", "add", "gelu", "pool"))
 

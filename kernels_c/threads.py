@@ -13,16 +13,25 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels_c.arrays import F32, NULL, Matrix, pointer
+from kernels_c.errors import KernelError
 from kernels_c.isa import lib, operation
 from kernels_c.machine import usable_cores
 
-__all__ = ["default_threads"]
+__all__ = ["set_threads"]
 
 _GAIN = 1.25  # more threads must be faster by this factor: the core may be wanted elsewhere a moment later
 
 
-def default_threads(isa: str) -> tuple[int, int]:
-    """(threads for arithmetic, threads for streaming). Leaves the pool's setting to the caller."""
+def set_threads(isa: str, threads: int | None) -> tuple[int, int]:
+    """Set the process-wide pool to so many threads, None: to as many as help; (for arithmetic, for streaming)."""
+    if threads is not None and threads < 1:
+        raise KernelError(f"threads must be at least 1, but is {threads}")
+    chosen = (threads, threads) if threads else _measured(isa)
+    lib.pool_set_threads(*chosen)
+    return chosen
+
+
+def _measured(isa: str) -> tuple[int, int]:
     cores = usable_cores()
     if cores == 1:
         return 1, 1

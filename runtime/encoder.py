@@ -208,8 +208,8 @@ class Encoder:
         self._layers = tuple(layer(index) for index in range(config.n_layers))
 
 
-def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None) -> EncoderBackend:
-    """The kernels of that device, which is the CPU so far. Raises BackendError."""
+def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None, threads: int | None = None) -> EncoderBackend:
+    """The kernels of that device, which is the CPU so far. threads: of the CPU's kernels. Raises BackendError."""
     if device not in ("cpu", None):
         raise BackendError(f"encoders run on the CPU's kernels, not on {device!r}; library:FOLDER runs them on a GPU")
     try:
@@ -219,7 +219,7 @@ def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None) -> Encode
     try:
         from kernels_c.encoder import CpuEncoder
 
-        return CpuEncoder()
+        return CpuEncoder(threads)
     except KernelError as error:
         raise BackendError(str(error)) from error
 

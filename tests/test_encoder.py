@@ -25,7 +25,7 @@ from runtime.encoder import Encoder
 from runtime.errors import CheckpointError, ScorerError, UnsupportedEncoder
 
 ISAS = available_isas()
-BACKENDS = {isa: CpuEncoder(isa) for isa in ISAS}
+BACKENDS = {isa: CpuEncoder(isa=isa) for isa in ISAS}
 EPS, GUARD = 2.0**-24, 64
 TEXTS = ["The old mill stands by the river and grinds flour.", "Ana Torres designed the bridge; it opened in 1903.", "",
          "!!!", "日本の首都は東京です", " a  b\n", "long words " * 300, "naïve CAFÉ"]
@@ -190,7 +190,7 @@ def test_random_berts_equal_transformers(tmp_path: Path, isa: str, config: dict[
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, SMALL["vocab_size"], length).tolist() for length in (1, 2, 40, 7, 33, 12)]
     rows = [hidden_rows(model, ids) for ids in sequences]
-    backend = CpuEncoder(isa)
+    backend = CpuEncoder(isa=isa)
     for backend.tile in (1, 45, 512):  # one by one, some together, all together
         encoder = Encoder(tmp_path, backend)
         for pooling in ("mean", "cls"):

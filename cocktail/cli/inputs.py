@@ -49,7 +49,8 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     if not policy.uses_scores:
         raise PlanError(f"policy {policy.name} looks at no scores; leave --scorer out")
     seed = {"seed": options.seed} if options.scorer == "random" and options.seed is not None else {}
-    scorer = load_scorer(options.scorer, **seed)
+    device = "cpu" if options.backend == "cpu" else None
+    scorer = load_scorer(options.scorer, device=device, threads=options.threads, **seed)
     if isinstance(scorer, AttentionScorer):
         scorer.checked(policy)
     return {"policy": policy, "scorer": scorer}

@@ -52,8 +52,12 @@ class Scorer(Protocol):
         """float32 (N,), finite. Deterministic. Raises ScorerError."""
 
 
-def load_scorer(name_or_path: str, **options: Any) -> Scorer:
-    """The scorer of that name, or the encoder in that folder. Raises ScorerError, for unknown options too."""
+def load_scorer(name_or_path: str, *, device: str | None = None, threads: int | None = None, **options: Any) -> Scorer:
+    """The scorer of that name, or the encoder in that folder. Raises ScorerError, for unknown options too.
+
+    device: "cpu" or "cuda", where an encoder runs; threads: of our own kernels on the CPU. None: its own choice. What
+    runs no encoder has no use for either.
+    """
     name, _, value = name_or_path.partition(":")
     if name in _VALUES and value:
         name_or_path, options = name, {_VALUES[name]: value, **options}
@@ -62,6 +66,8 @@ def load_scorer(name_or_path: str, **options: Any) -> Scorer:
         options = {"model": name_or_path, **options}
     factory = getattr(import_module(module), cls)
     known = inspect.signature(factory).parameters
+    where = {"device": device, "threads": threads}
+    options |= {key: value for key, value in where.items() if value is not None and key in known}
     if unknown := sorted(options.keys() - known.keys()):
         raise ScorerError(f"scorer {name_or_path} has no option {', '.join(unknown)}; "
                           f"it has {', '.join(known) or 'none'}")

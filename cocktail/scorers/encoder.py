@@ -21,16 +21,18 @@ class EncoderScorer(EmbeddingScorer):
 
     Pooling, normalisation and prompts are the folder's own; pooling and the prefixes before every query and every
     passage can be given instead. device: "cpu", which None means too: the kernels are C, whatever runs the prefill.
-    The name says which kernels run. What they refuse, sentence-transformers may run: cocktail.scorers.library.
+    threads: of the process-wide pool; None: as it is. The name says which kernels run. What they refuse,
+    sentence-transformers may run: cocktail.scorers.library.
     """
 
     def __init__(self, model: str, similarity: Similarity = "cosine", device: Literal["cpu", "cuda"] | None = None,
-                 query_prefix: str | None = None, passage_prefix: str | None = None, pooling: Pooling | None = None):
+                 threads: int | None = None, query_prefix: str | None = None, passage_prefix: str | None = None,
+                 pooling: Pooling | None = None):
         path = encoder_path(model)
         if path is None:
             raise ScorerError(f"scorer {model!r} is neither one of {', '.join(SCORERS)} nor a folder with an encoder")
         try:
-            folder, self._backend = EncoderFolder.open(path), load_encoder_backend(device)
+            folder, self._backend = EncoderFolder.open(path), load_encoder_backend(device, threads)
             given: dict[str, Any] = {"query_prefix": query_prefix, "passage_prefix": passage_prefix,
                                      "pooling": pooling}
             self._folder = replace(folder, **{name: value for name, value in given.items() if value is not None})

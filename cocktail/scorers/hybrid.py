@@ -16,11 +16,12 @@ from runtime.errors import ScorerError
 class HybridScorer:
     """encoder: any scorer of embeddings, such as a folder or endpoint:MODEL; it also gets the other options."""
 
-    def __init__(self, encoder: str | None = None, similarity: Similarity | None = None, device: str | None = None):
+    def __init__(self, encoder: str | None = None, similarity: Similarity | None = None, device: str | None = None,
+                 threads: int | None = None):
         if encoder is None:
             raise ScorerError("scorer hybrid needs an encoder: a folder or a name in the local cache, as hybrid:FOLDER")
-        given = {"similarity": similarity, "device": device}
-        meaning = load_scorer(encoder, **{name: value for name, value in given.items() if value is not None})
+        given = {} if similarity is None else {"similarity": similarity}
+        meaning = load_scorer(encoder, device=device, threads=threads, **given)
         self._parts: tuple[Scorer, Scorer] = (Bm25Scorer(), meaning)
         self.name = f"hybrid:{meaning.name}"
 

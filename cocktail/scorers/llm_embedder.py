@@ -17,9 +17,9 @@ class LlmEmbedderScorer(EncoderScorer):
     """The first token's embedding, with the published prefixes for retrieval; its folder need not name either."""
 
     def __init__(self, model: str | None = None, similarity: Similarity = "cosine",
-                 device: Literal["cpu", "cuda"] | None = None):
+                 device: Literal["cpu", "cuda"] | None = None, threads: int | None = None):
         if model is None:
             raise ScorerError("scorer llm-embedder needs the model's folder, or its name in the local cache, as "
                               "llm-embedder:FOLDER")
-        super().__init__(model, similarity, device, QUERY_PREFIX, PASSAGE_PREFIX, "cls")
+        super().__init__(model, similarity, device, threads, QUERY_PREFIX, PASSAGE_PREFIX, "cls")
         self.name = f"llm-embedder:{self.name}"
