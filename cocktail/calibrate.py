@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cocktail.cli.entry import Parser, run_command
+from cocktail.cli.arguments import Parser
+from cocktail.cli.entry import run_command
 from runtime.calibration import VERSION
 from runtime.errors import OutOfMemory, PlanError, PromptError, TuneError
 from runtime.formats import kvquant, turn_back
@@ -52,10 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("format", choices=("kvquant",), help="the only family that needs it")
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
     p.add_argument("--out", metavar="FILE", required=True, help="the .safetensors file to write")
-    p.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on (Python's own reference topics)")
-    p.add_argument("--tokens", metavar="N", type=int, help=f"of it, as one prompt ({TOKENS}, or what the model takes)")
+    p.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on (default: Python's own reference topics)")
+    p.add_argument("--tokens", metavar="N", type=int,
+                   help=f"of it, as one prompt (default: {TOKENS}, or what the model takes)")
     p.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    p.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured choice)")
+    p.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured)")
+    p.add_conventions(quiet="no progress")
     return p
 
 
@@ -155,7 +158,7 @@ def _run(options: argparse.Namespace) -> None:
     text = _topics() if options.text is None else read_text(options.text)
     model = cocktail.load(options.model, backend=options.backend, threads=options.threads)
     ids = _ids(model, text, options.tokens)
-    progress = StageProgress()
+    progress = StageProgress(shown=not options.quiet)
     try:
         tensors = calibrate(model, ids, progress.of("calibrate"))
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, overload
@@ -19,6 +21,8 @@ from runtime.sampler import SamplingParams
 from runtime.tokenizer import Tokenizer
 from runtime.weights import load_weights
 
+logger = logging.getLogger(__name__)
+
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 
@@ -29,6 +33,7 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
     CuPy and a GPU are there), "cpu" or "cuda". threads: of the CPU backend, None for a measured choice.
     graph: whether CUDA captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
     """
+    begin = time.perf_counter()
     with Checkpoint.open(path) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:
@@ -44,6 +49,9 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
             weights = load_weights(checkpoint, chosen)
         except MemoryError as error:
             raise OutOfMemory(f"the weights do not fit: {error}") from error
+        logger.info("%s: %d layers, %.1f MiB of weights, backend %s (%s), %.2f s", path, config.n_layers,
+                    weights.nbytes / 2**20, chosen.name, ", ".join(dict.fromkeys(chosen.kernels().values())),
+                    time.perf_counter() - begin)
         return Model(Engine(config, weights, chosen), tokenizer, template)
 
 

@@ -85,15 +85,15 @@ class ProgressBar:
 class StageProgress:
     """How far a command's stages are: a bar on a terminal, else a line on stderr now and then."""
 
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._bar = ProgressBar(shown=self._terminal)
+    def __init__(self, shown: bool = True) -> None:
+        self._shown, self._terminal = shown, sys.stderr.isatty()
+        self._bar = ProgressBar(shown=shown and self._terminal)
 
     def of(self, stage: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
             if self._terminal:
                 self._bar(stage, done, total)
-            elif done % max(1, total // 10) == 0:
+            elif self._shown and done % max(1, total // 10) == 0:
                 print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
 
         return report

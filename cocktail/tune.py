@@ -19,7 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cocktail.cli.entry import Parser, run_command
+from cocktail.cli.arguments import Parser
+from cocktail.cli.entry import run_command
 from runtime.errors import PromptError, TuneError
 
 if TYPE_CHECKING:
@@ -38,32 +39,39 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m cocktail.tune", description="Find how many bits each layer's K and V need.")
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
     p.add_argument("--out", metavar="FILE", required=True, help="the pairs file to write")
-    p.add_argument("--plot", metavar="FILE", help="PNG (beside --out)")
-    p.add_argument("--study", metavar="FILE", help="what is measured is kept here (beside --out)")
+    p.add_argument("--plot", metavar="FILE", help="PNG (default: beside --out)")
+    p.add_argument("--study", metavar="FILE", help="what is measured is kept here (default: beside --out)")
 
     texts = p.add_argument_group("calibration")
     texts.add_argument("--prompts", metavar="FILE", help='JSON lines {"context", "query", optional "answer"}')
     texts.add_argument("--text", metavar="FILE", help="UTF-8 text to cut prompts from")
-    texts.add_argument("--count", metavar="N", type=int, default=9, help="prompts cut from --text (9)")
-    texts.add_argument("--tokens", metavar="N", type=int, default=1024, help="of a prompt cut from --text (1024)")
-    texts.add_argument("--answer-tokens", metavar="N", type=int, default=24, help="compared per prompt, at most (24)")
-    texts.add_argument("--chunk", metavar="TOKENS", type=int, default=32, help="as at run time (32)")
-    texts.add_argument("--sink", metavar="N", type=int, help="first chunks that stay FP16 (as the policies)")
-    texts.add_argument("--seed", metavar="N", type=int, default=0, help="of the text's windows and of the search (0)")
+    texts.add_argument("--count", metavar="N", type=int, default=9, help="prompts cut from --text (default: 9)")
+    texts.add_argument("--tokens", metavar="N", type=int, default=1024,
+                       help="of a prompt cut from --text (default: 1024)")
+    texts.add_argument("--answer-tokens", metavar="N", type=int, default=24,
+                       help="compared per prompt, at most (default: 24)")
+    texts.add_argument("--chunk", metavar="TOKENS", type=int, default=32, help="as at run time (default: 32)")
+    texts.add_argument("--sink", metavar="N", type=int, help="first chunks that stay FP16 (default: as the policies)")
+    texts.add_argument("--seed", metavar="N", type=int, default=0,
+                       help="of the text's windows and of the search (default: 0)")
 
     search = p.add_argument_group("search")
-    search.add_argument("--candidates", metavar="LIST", help="pairs to choose from, e.g. K2V2,K4V2,K4V4,K8V8")
-    search.add_argument("--trials", metavar="N", type=int, default=200, help="combinations to measure in all (200)")
-    search.add_argument("--population", metavar="N", type=int, help="of a generation (24)")
+    search.add_argument("--candidates", metavar="LIST", help="pairs to choose from, e.g. K2V2,K4V2,K4V4,K8V8 "
+                        "(default: 13 of K2V2 to K8V8)")
+    search.add_argument("--trials", metavar="N", type=int, default=200,
+                        help="combinations to measure in all (default: 200)")
+    search.add_argument("--population", metavar="N", type=int, help="of a generation (default: 24)")
     search.add_argument("--similar", metavar="FACTOR", type=float,
-                        help="layers whose errors differ by less share a choice (1.5)")
-    search.add_argument("--max-bits", metavar="BITS", type=float, help=f"cap on mean bits per value (those of {RIVAL})")
+                        help="layers whose errors differ by less share a choice (default: 1.5)")
+    search.add_argument("--max-bits", metavar="BITS", type=float,
+                        help=f"cap on mean bits per value (default: those of {RIVAL})")
     search.add_argument("--choose", metavar="BITS", type=float, help="write the best trade-off of at most so many bits "
-                        f"(the fewest with no more KL than {RIVAL} everywhere)")
+                        f"(default: the fewest with no more KL than {RIVAL} everywhere)")
 
     machine = p.add_argument_group("machine")
     machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    machine.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured choice)")
+    machine.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured)")
+    p.add_conventions(quiet="no progress")
     return p
 
 
@@ -91,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
     study = Search(options.study or _beside(options.out, ".study"), settings, options.seed,
                    options.population or POPULATION)
 
-    progress = StageProgress()
+    progress = StageProgress(shown=not options.quiet)
     calibration = calibrate(model, prompts, chunk=options.chunk, answer_tokens=options.answer_tokens,
                             sink=options.sink, progress=progress.of("read"))
     errors = study.profile

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cocktail.cli.entry import Parser, Version, at_least, number
+from cocktail.cli.arguments import Completion, Parser, at_least, number
 from runtime.errors import PlanError, PromptError
 
 # Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
@@ -17,11 +17,16 @@ CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
 DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
+# For --help and completion, which import nothing heavy; the tests hold them to what exists.
+POLICIES = ("budget", "cocktail", "uniform", "kvtuner", "kivi", "atom", "kvquant", "fp16")
+SCORERS = ("bm25", "attention", "hybrid", "llm-embedder", "endpoint", "library", "random", "none")
+FORMATS = ("rotated", "kivi", "kvquant", "atom")
+
 
 def parser() -> argparse.ArgumentParser:
     """Every option; None is what was not given."""
     p = Parser(
-        prog="python -m cocktail.run", add_help=False,
+        prog="python -m cocktail.run",
         usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT] [options]",
         description="Answer from a long document whose KV cache keeps each chunk at the precision its relevance earns.",
         epilog="Without --context, --query is completed (in the model's chat template where it has one). Without "
@@ -29,66 +34,77 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
 
     prompt = p.add_argument_group("prompt")
-    prompt.add_argument("--context", metavar="FILE", help="UTF-8 document; - for stdin")
-    prompt.add_argument("--query", "--prompt", metavar="TEXT", help="question or prompt; - for stdin")
-    prompt.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    prompt.add_argument("--context", metavar="FILE", help="UTF-8 document; - for stdin "
+                        "(default: none: complete or chat)")
+    prompt.add_argument("--query", "--prompt", metavar="TEXT", help="question or prompt; - for stdin "
+                        "(default: a loop on a terminal)")
+    prompt.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
     prompt.add_argument("--raw", action="store_true", help="plain completion of --query, no chat template")
 
     cache = p.add_argument_group("cache (with --context)")
-    cache.add_argument("--policy", metavar="NAME", help="budget (default), cocktail (the paper's thresholds), uniform, "
-                       "kvtuner, kivi, atom, kvquant or fp16")
+    cache.add_argument("--policy", metavar="NAME", help=f"{', '.join(POLICIES)} (default: budget)")
     cache.add_argument("--scorer", metavar="NAME",
-                       help="bm25 (default), attention (the model's own, per layer; budget only), an encoder's folder, "
-                       "hybrid:FOLDER, llm-embedder:FOLDER, endpoint:MODEL, library:FOLDER, random or none")
-    cache.add_argument("--kv-bits", metavar="BITS", type=number, help="budget: mean bits per context value (3.3)")
+                       help="bm25, attention (the model's own, per layer; budget only), an encoder's folder, "
+                       "hybrid:FOLDER, llm-embedder:FOLDER, endpoint:MODEL, library:FOLDER, random, none "
+                       "(default: bm25)")
+    cache.add_argument("--kv-bits", metavar="BITS", type=number,
+                       help="budget: mean bits per context value (default: 3.3)")
     cache.add_argument("--kv-budget", metavar="SIZE", help="budget: bytes of the whole cache, e.g. 200MiB or 1.5GB")
-    cache.add_argument("--tiers", metavar="LIST", help="budget: K and V bits, low to high, e.g. K3V2,K4V4,K8V8")
+    cache.add_argument("--tiers", metavar="LIST", help="budget: K and V bits, low to high, e.g. K3V2,K4V4,K8V8 "
+                       "(default: K2V2 to FP16)")
     cache.add_argument("--shares", metavar="LIST", help="budget: fixed shares of the upper tiers, e.g. 0.1,0.03")
-    cache.add_argument("--alpha", metavar="A", type=number, help="cocktail: Eq. 2's share of low precision (0.6)")
-    cache.add_argument("--beta", metavar="B", type=number, help="cocktail: Eq. 3's share of FP16 (0.1)")
+    cache.add_argument("--alpha", metavar="A", type=number,
+                       help="cocktail: Eq. 2's share of low precision (default: 0.6)")
+    cache.add_argument("--beta", metavar="B", type=number, help="cocktail: Eq. 3's share of FP16 (default: 0.1)")
     cache.add_argument("--no-search", action="store_true", help="cocktail: as many chunks of each width, at random")
     cache.add_argument("--no-reorder", action="store_true", help="cocktail: mixed widths in place, in document order")
     cache.add_argument("--tier", metavar="TIER", help="uniform: K and V bits of every chunk, e.g. K4V2")
-    cache.add_argument("--bits", metavar="B", type=at_least(1), help="kivi, kvquant: bits of every code (4)")
-    cache.add_argument("--residual", metavar="TOKENS", type=at_least(0), help="kivi: last tokens that stay FP16 (128)")
-    cache.add_argument("--formats", metavar="NAME", help="cocktail, uniform: what widths below 16 are: rotated "
-                       "(default), kivi (plain min-max), kvquant; uniform also atom")
+    cache.add_argument("--bits", metavar="B", type=at_least(1), help="kivi, kvquant: bits of every code (default: 4)")
+    cache.add_argument("--residual", metavar="TOKENS", type=at_least(0), help="kivi: last tokens that stay FP16 "
+                       "(default: 128)")
+    cache.add_argument("--formats", metavar="NAME", help="cocktail, uniform: what widths below 16 are: rotated, "
+                       "kivi (plain min-max), kvquant; uniform also atom (default: rotated)")
     cache.add_argument("--calibration", metavar="FILE", help="kvquant: levels and ranges of this model")
     cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail and budget: "
                        "the least of every layer")
-    cache.add_argument("--pairs-bits", metavar="BITS", type=number, help="the file's best trade-off up to so many")
+    cache.add_argument("--pairs-bits", metavar="BITS", type=number, help="the file's best trade-off up to so many "
+                       "(default: the file's choice; budget: what suits it)")
     cache.add_argument("--sink", metavar="N", type=at_least(0),
-                       help="first chunks that stay FP16 (0 behind a chat header, else 1)")
-    cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 (32)")
+                       help="first chunks that stay FP16 (default: 0 behind a chat header, else 1)")
+    cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 "
+                       "(default: 32)")
     cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
     cache.add_argument("--plan-out", metavar="FILE", help="write the plan as JSON")
     cache.add_argument("--show-plan", action="store_true", help="print the plan and a strip of its chunks")
 
     answer = p.add_argument_group("answer")
-    answer.add_argument("--max-tokens", metavar="N", type=at_least(1), help="most tokens to generate (256)")
+    answer.add_argument("--max-tokens", metavar="N", type=at_least(1), help="most tokens to generate (default: 256)")
     answer.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    answer.add_argument("--temperature", metavar="T", type=number, help="0 is greedy (default)")
-    answer.add_argument("--top-k", metavar="N", type=at_least(0), help="0 is off (default)")
-    answer.add_argument("--top-p", metavar="P", type=number, help="1 is off (default)")
-    answer.add_argument("--min-p", metavar="P", type=number, help="0 is off (default)")
-    answer.add_argument("--repetition-penalty", metavar="R", type=number, help="1 is off (default)")
+    answer.add_argument("--temperature", metavar="T", type=number, help="0 is greedy (default: 0)")
+    answer.add_argument("--top-k", metavar="N", type=at_least(0), help="keep the N best; 0 is off (default: off)")
+    answer.add_argument("--top-p", metavar="P", type=number, help="keep the best of mass P; 1 is off (default: off)")
+    answer.add_argument("--min-p", metavar="P", type=number, help="keep those above P times the best; 0 is off "
+                        "(default: off)")
+    answer.add_argument("--repetition-penalty", metavar="R", type=number, help="over prompt and answer; 1 is off "
+                        "(default: off)")
     answer.add_argument("--seed", metavar="N", type=at_least(0),
-                        help="of sampling, --scorer random and --no-search (0)")
+                        help="of sampling, --scorer random and --no-search (default: 0)")
     answer.add_argument("--model-sampling", action="store_true",
                         help="start from the checkpoint's generation_config.json instead of greedy")
 
     machine = p.add_argument_group("machine")
-    machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    machine.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads (default: measured choice)")
-
+    machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="auto is cuda where it can run (default: auto)")
+    machine.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads (default: measured)")
     machine.add_argument("--no-graph", action="store_true", help="CUDA: launch every kernel of a step by itself")
 
     report = p.add_argument_group("report (stderr)")
     report.add_argument("--stats", choices=("table", "json", "none"), default="table",
                         help="summary after the answer; json is one line, the last of stderr (default: table)")
-    report.add_argument("--quiet", action="store_true", help="no progress bar and no table")
-    report.add_argument("--version", action=Version, help="print the version and exit")
-    report.add_argument("-h", "--help", action="help", help="print this and exit")
+    conventions = p.add_conventions(quiet="no progress bar and no table")
+    conventions.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=Completion,
+                             command="cocktail", words={"policy": POLICIES, "scorer": SCORERS, "formats": FORMATS},
+                             help="print what that shell needs to complete `cocktail`, and exit")
     return p
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ import numpy.typing as npt
 
 from cocktail.scorers.embeddings import EmbeddingScorer, Similarity
 from runtime.errors import ScorerError
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 4  # requests
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
@@ -83,6 +86,7 @@ class EndpointScorer(EmbeddingScorer):
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
             if attempt < self._retries:
+                logger.info("%s: %s; again in %g s", self._url, problem, wait)
                 time.sleep(wait)
         raise ScorerError(f"{self._url}: {problem}, after {self._retries + 1} attempts")
 
