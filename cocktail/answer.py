@@ -34,6 +34,8 @@ class Stats:
     chunks: per tier, in the first layer. context_bits_per_value: context bytes * 8 / context values, all metadata and
     the sink counted, the tail not (FP16: 16). cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16
     bits. weights_bytes: on the device. peak_memory_bytes: resident memory of the process, its maximum so far.
+    outliers_kept, outliers_without_room: values that kvquant's sparse stores hold exactly, and those that they had no
+    room for, which were clipped; of all packed chunks and layers, 0 with other formats.
     kernels: operation -> the kernel that ran it. policy, scorer: the names in the plan.
     """
 
@@ -50,6 +52,8 @@ class Stats:
     context_bits_per_value: float
     cache_bytes: int
     cache_fp16_bytes: int
+    outliers_kept: int
+    outliers_without_room: int
     weights_bytes: int
     peak_memory_bytes: int
     backend: str
@@ -191,6 +195,7 @@ class AnswerStream:
         job, plan, timing = self.job, self.plan, self._reading.timing if self._reading else Timing()
         assert plan is not None
         layout, sizes = plan.layout, plan_sizes(plan)
+        kept, without_room = self._reading.caches[0].outliers() if self._reading else (0, 0)
         self._answer = Answer("".join(self._text), tuple(self._ids), reason, plan, Stats(
             prompt_tokens=len(job.prompt),
             context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
@@ -201,6 +206,8 @@ class AnswerStream:
             score_wait_s=job.score_seconds + timing.wait,
             prefill_s=timing.prefill,
             pack_s=timing.pack,
+            outliers_kept=kept,
+            outliers_without_room=without_room,
             weights_bytes=job.engine.weights.nbytes,
             peak_memory_bytes=peak_memory(),
             backend=job.engine.backend.name,

@@ -28,6 +28,8 @@ def table(answer: Answer) -> str:
                  for i, (tier, count) in enumerate(s.chunks.items())]
         rows.append(("choice", f"policy {s.policy}, scorer {s.scorer}"))
         rows.append(("context", f"{s.context_bits_per_value:.2f} bits per value, metadata included (FP16: 16)"))
+    if answer.plan.layout.formats == "kvquant":
+        rows.append(("outliers", f"{s.outliers_kept:,} kept exactly, {s.outliers_without_room:,} found no room"))
     rows += [
         ("cache", f"{_size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
                   f"{_size(s.cache_fp16_bytes)} at FP16"),

@@ -19,6 +19,7 @@ from test_policies import SHAPES, shape_of, tiers_of
 from test_policies_layers import bits_per_value
 from tiny_model import save_tiny_model
 
+from cocktail import summary
 from cocktail.model import Model
 from cocktail.policies import load_policy
 from cocktail.policies.pairs import fingerprint
@@ -229,6 +230,13 @@ def test_outliers_that_find_no_room_are_counted(path: Path, tmp_path: Path) -> N
     cache.start()
     assert cache.outliers() == tuple(expected) and expected.min() > 0
     assert read(model.engine, ids, [document.plan(QUESTION, policy="fp16")]).caches[0].outliers() == (0, 0)
+
+    answer = document.ask(QUESTION, plan=plan, max_tokens=2)
+    assert (answer.stats.outliers_kept, answer.stats.outliers_without_room) == tuple(expected)
+    assert f"outliers {expected[0]:,} kept exactly, {expected[1]:,} found no room" in summary.table(answer)
+    exact = document.ask(QUESTION, policy="fp16", max_tokens=1)
+    assert (exact.stats.outliers_kept, exact.stats.outliers_without_room) == (0, 0)
+    assert "outliers" not in summary.table(exact)
 
 
 def rms(x: Any) -> float:
