@@ -27,7 +27,7 @@ import numpy as np
 
 from bench import gpu
 from bench.report import describe_run, emit, print_table, progress
-from bench.scoring import SCORERS
+from bench.scoring import SCORERS, check_scorers
 from bench.shapes import ATTENTION, model_of, model_options, print_scorers, record_of, run_peers, run_scorers
 from kernels_cu import product
 from kernels_cu.backend import CudaBackend
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=gpu.POLICIES, default="mix")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    check_scorers(args.scorers)
 
     backend = CudaBackend()
     rate = gpu.measure_rates(backend)["matrix product"]

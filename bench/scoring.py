@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import numpy as np
 from bench.prompts import build_text
 from bench.report import describe_run, emit, print_table, progress, some_of
 from cocktail.scorers import Scorer, load_scorer
+from runtime.encoder import load_encoder_backend
+from runtime.errors import BackendError
 
 QUERY = "How are the attributes of a class looked up?"
 ENCODERS = {  # hidden size, layers, heads
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
     args = parser.parse_args(arguments)
     names = dict.fromkeys([*args.scorers, *(LIBRARY if args.library else ())])
+    check_scorers(names)
     texts, found = chunk_texts(args.chunks), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -65,6 +68,16 @@ def chunk_texts(n: int) -> list[str]:
     text = build_text(n * CHARACTERS, len)
     text *= -(-n * CHARACTERS // len(text))
     return [text[i * CHARACTERS : (i + 1) * CHARACTERS] for i in range(n)]
+
+
+def check_scorers(names: Iterable[str]) -> None:
+    """Ends the program where one of SCORERS or LIBRARY cannot run on this machine: before anything is measured."""
+    own = [name for name in names if name in ENCODERS or name == "hybrid"]
+    try:
+        if own:
+            load_encoder_backend()
+    except BackendError as error:
+        raise SystemExit(f"error: {', '.join(own)}: {error}; or give --scorers bm25,{','.join(LIBRARY)}") from error
 
 
 def make_scorer(name: str, texts: Sequence[str], folder: Path, device: str | None = None) -> Scorer:

@@ -46,7 +46,7 @@ from bench.gpu import (
     shape_of,
 )
 from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, some_of, verdict
-from bench.scoring import QUERY, SCORERS, chunk_texts, make_scorer, score_seconds
+from bench.scoring import LIBRARY, QUERY, SCORERS, check_scorers, chunk_texts, make_scorer, score_seconds
 from cocktail.policies import load_policy
 from cocktail.scorers.attention import AttentionScorer, query_rows
 from kernels_cu.backend import CudaBackend
@@ -82,6 +82,7 @@ Peers = dict[str, "Figures | str"]  # by cache; text says why there is no figure
 
 def main(arguments: Sequence[str] | None = None, figures: Sequence[str] = FIGURES, command: str = "shapes") -> None:
     args = _arguments(arguments, figures, command)
+    check_scorers(args.scorers)
     backend = CudaBackend()
     rates = measure_rates(backend)
     progress("; ".join(f"{name} {rate / 1e12:.3f} T/s" for name, rate in rates.items()))
@@ -262,8 +263,8 @@ def model_options(parser: argparse.ArgumentParser, scorers: Sequence[str]) -> No
     what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
     parser.add_argument("--backend", choices=["cuda"], default="cuda")
     parser.add_argument("--context-tokens", type=int, help=f"default: {CARD_TOKENS} for a shape, 4096 for a checkpoint")
-    parser.add_argument("--scorers", type=some_of((*SCORERS, ATTENTION), least=0), default=[*scorers],
-                        help=f"of {','.join(SCORERS)},{ATTENTION}; default: {','.join(scorers) or 'none'}")
+    parser.add_argument("--scorers", type=some_of((*SCORERS, *LIBRARY, ATTENTION), least=0),
+                        default=[*scorers], help=f"of {','.join((*SCORERS, *LIBRARY, ATTENTION))}; default: {','.join(scorers) or 'none'}")
     parser.add_argument("--peers", action="store_true", help="transformers in the same run")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
 

@@ -13,6 +13,7 @@ from bench import decode, memory, scoring, shapes
 from bench.gpu import SHAPES, Case, multiply_adds, plan_of, shape_of
 from bench.report import on_gpu
 from runtime.config import ModelConfig
+from runtime.errors import BackendError
 from runtime.plan import FP16
 
 CONFIG = {**SHAPES["mistral-7b"], "max_position_embeddings": 4096}
@@ -65,6 +66,17 @@ def test_scorers_to_be_timed_score(tmp_path, monkeypatch):
         assert scores.shape == (12,) and np.ptp(scores) > 0
         assert scoring.score_seconds(scorer, texts, 1) > 0
     assert {path.name for path in tmp_path.iterdir()} == {"minilm", "contriever"}
+
+
+def test_encoders_without_kernels_end_the_bench_before_it_measures(monkeypatch):
+    def missing():
+        raise BackendError("the C kernels are not built")
+
+    monkeypatch.setattr(scoring, "load_encoder_backend", missing)
+    monkeypatch.setattr(shapes, "CudaBackend", lambda: pytest.fail("a GPU was looked for"))
+    with pytest.raises(SystemExit, match=r"minilm, hybrid: the C kernels are not built; or give .*library:minilm"):
+        shapes.main(["--scorers", "bm25,minilm,hybrid"])
+    scoring.check_scorers([*scoring.LIBRARY, "bm25", shapes.ATTENTION])
 
 
 @pytest.mark.parametrize(("module", "figures"), [(decode, ("TPOT",)), (memory, ("memory",))])

@@ -4,6 +4,7 @@ against sentence-transformers."""
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +341,15 @@ def test_another_family_is_refused_with_the_librarys_name(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mpnet"}))
     with pytest.raises(ScorerError, match=r"'mpnet'.*library:"):
         load_scorer(str(tmp_path))
+
+
+def test_where_the_c_kernels_are_not_built_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU nothing else needs them."""
+    for name in ("isa", "arrays", "threads", "encoder"):
+        monkeypatch.delitem(sys.modules, f"kernels_c.{name}")
+    monkeypatch.setitem(sys.modules, "kernels_c._kernels", None)
+    with pytest.raises(ScorerError, match=f"C kernels are not built .* or give library:{minilm()}"):
+        load_scorer(str(minilm()))
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [

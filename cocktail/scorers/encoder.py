@@ -13,7 +13,7 @@ from cocktail.scorers import SCORERS
 from cocktail.scorers.embeddings import EmbeddingScorer, Similarity
 from cocktail.scorers.folder import EncoderFolder, encoder_path
 from runtime.encoder import Encoder, Pooling, load_encoder_backend
-from runtime.errors import CheckpointError, CocktailError, ScorerError, UnsupportedEncoder
+from runtime.errors import BackendError, CheckpointError, CocktailError, ScorerError, UnsupportedEncoder
 
 
 class EncoderScorer(EmbeddingScorer):
@@ -39,6 +39,9 @@ class EncoderScorer(EmbeddingScorer):
             self._encoder = Encoder(folder.weights, self._backend)
         except UnsupportedEncoder as error:
             raise ScorerError(f"encoder {model}: {error}; sentence-transformers may run it: library:{model}") from error
+        except BackendError as error:
+            raise ScorerError(f"cannot load encoder {model}: {error}; or give library:{model}, which "
+                              "sentence-transformers runs") from error
         except CocktailError as error:
             raise ScorerError(f"cannot load encoder {model}: {error}") from error
         super().__init__(f"{model} [{self._backend.architecture}]", self.embed, similarity)
