@@ -259,7 +259,7 @@ def check_positions(config: ModelConfig, prompt_tokens: int, max_tokens: int | N
     room = config.max_positions - prompt_tokens
     if room < (max_tokens or 1):
         raise PromptError(f"the prompt has {prompt_tokens} tokens and {max_tokens or 1} are to be generated, but the "
-                          f"model has {config.max_positions} positions; shorten the context or lower max_tokens")
+                          f"model has {config.max_positions} positions; shorten the prompt or lower max_tokens")
     return max_tokens or min(DEFAULT_MAX_TOKENS, room)
 
 

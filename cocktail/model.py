@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, overload
 
@@ -14,7 +15,7 @@ from runtime.backend import Backend, load_backend
 from runtime.chat import ChatTemplate, encode_messages
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
-from runtime.errors import BackendError, OutOfMemory, PromptError, TokenizerError
+from runtime.errors import BackendError, CheckpointError, OutOfMemory, PromptError, TokenizerError
 from runtime.model import Model as Engine
 from runtime.plan import FP16, DocumentShape, Plan
 from runtime.sampler import SamplingParams
@@ -34,7 +35,7 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
     graph: whether CUDA captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
     """
     begin = time.perf_counter()
-    with Checkpoint.open(path) as checkpoint:
+    with _named(path), Checkpoint.open(path) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:
             raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
@@ -53,6 +54,17 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
                     weights.nbytes / 2**20, chosen.name, ", ".join(dict.fromkeys(chosen.kernels().values())),
                     time.perf_counter() - begin)
         return Model(Engine(config, weights, chosen), tokenizer, template)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """What is wrong with a model names it: a file out of its metadata, such as config.json, lies nowhere else."""
+    try:
+        yield
+    except (CheckpointError, TokenizerError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 class Model:

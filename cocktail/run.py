@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 # Heavy imports (numpy, cocktail.load, rich) wait until the arguments are known to be good: --help must be instant.
 from cocktail.cli.entry import run_command
-from cocktail.cli.inputs import cache_options, read_text, sampling_options
+from cocktail.cli.inputs import cache_options, check_document, check_model, read_text, sampling_options
 from cocktail.cli.loop import ask_in_turn, chatting, completing, questioning
 from cocktail.cli.options import check, parser
 from cocktail.cli.output import survive_any_text
@@ -35,13 +35,16 @@ def _run(options: argparse.Namespace) -> int:
     survive_any_text()
     model = cocktail.load(options.model, backend=options.backend, threads=options.threads,
                           graph=not options.no_graph)
+    check_model(options, model)
     common = {"sampling": sampling_options(options, model), "stop": tuple(options.stop), "stream": True}
     if options.max_tokens is not None:
         common["max_tokens"] = options.max_tokens
 
     if context is not None:
         chunk = {} if options.chunk is None else {"chunk": options.chunk}
-        turn = questioning(model.read(context, system=options.system, **chunk), options, cache | common)
+        document = model.read(context, system=options.system, **chunk)
+        check_document(options, document)
+        turn = questioning(document, options, cache | common)
     elif query is None:
         turn = chatting(model, options, common)
     else:

@@ -28,6 +28,8 @@ def set_threads(isa: str, threads: int | None) -> tuple[int, int]:
         raise KernelError(f"threads must be at least 1, but is {threads}")
     chosen = (threads, threads) if threads else _measured(isa)
     lib.pool_set_threads(*chosen)
+    if threads and lib.pool_threads() < threads:
+        raise KernelError(f"threads must be at most {lib.pool_threads()}, but is {threads}")
     return chosen
 
 

@@ -105,7 +105,8 @@ class Checkpoint:
             raise CheckpointError(f"{file.path}: tensor {name!r}: expected shape {list(shape)}, "
                                   f"got {list(entry.shape)}")
         if entry.dtype not in dtypes:
-            raise CheckpointError(f"{file.path}: tensor {name!r}: expected {' or '.join(dtypes)}, got {entry.dtype}")
+            raise CheckpointError(f"{file.path}: tensor {name!r}: expected {' or '.join(dtypes)}, got {entry.dtype}; "
+                                  "save it in one of those")
         self._unread.discard(name)
         return file.tensor(name)
 

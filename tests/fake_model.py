@@ -59,6 +59,8 @@ class FakeModel:
 
     pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    template: str = "a chat template"
+    chunk, n_chunks = 32, 3  # of the document
     config: Any = field(default_factory=lambda: SimpleNamespace(
         generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -29,14 +28,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, made the working directory, with an input of every kind that the command line may be given."""
+    """A folder, made the working directory, with what the command line may be given."""
     monkeypatch.chdir(tmp_path)
     Path("model").write_bytes(b"")
     Path("doc.txt").write_text("The pan was mended by Odo Farrant.\n", encoding="utf-8")
-    Path("latin1.txt").write_bytes("café".encode("latin-1"))
-    Path("empty.txt").write_text(" \n")
     Path("plan.json").write_text(make_plan().to_json())
-    Path("noplan.json").write_text("{}")
     Path("pairs.json").write_text('{"version": 1, "pairs": ["K8V4", "K8V4"], "pareto": '
                                   '[{"bits": 3.6, "kl": 0.1, "pairs": ["K4V2", "K3V2"]}]}')
     return tmp_path
@@ -211,86 +207,6 @@ def test_an_error_of_the_api_is_one_line(model, files, capsys):
     model.pieces = ["Odo ", PromptError("too long:\n9 tokens")]
     assert run.main(ASK) == 2
     assert capsys.readouterr().err == "error: too long: 9 tokens\n"
-
-
-# Every line: arguments, what the message must say. The model is never loaded, save where the last column says so.
-BAD = [
-    ([], "MODEL"),
-    (["model", "--nonsense"], "--nonsense"),
-    (["model"], "no --query"),
-    (["model", "--query", " "], "--query is empty"),
-    (["nowhere", "--query", "Hi"], "nowhere does not exist"),
-    (["model", "--context", "nowhere.txt", "--query", "Hi"], "--context nowhere.txt: No such file"),
-    (["model", "--context", ".", "--query", "Hi"], "--context .: Is a directory"),
-    (["model", "--context", "latin1.txt", "--query", "Hi"], "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
-    (["model", "--context", "empty.txt", "--query", "Hi"], "empty.txt is empty"),
-    (["model", "--context", "doc.txt"], "no --query"),
-    (["model", "--context", "-", "--query", "-"], "stdin can be read once"),
-    (["model", "--query", "Hi", "--kv-bits", "3"], "--kv-bits shapes the cache of a document"),
-    (["model", "--query", "Hi", "--show-plan"], "--show-plan shapes"),
-    (["model", "--query", "Hi", "--sink", "0"], "--sink shapes"),
-    (["model", "--raw"], "--raw"),
-    ([*ASK, "--raw"], "--raw"),
-    ([*ASK, "--plan-in", "nowhere.json"], "--plan-in nowhere.json: No such file"),
-    ([*ASK, "--plan-in", "noplan.json"], "plan version"),
-    ([*ASK, "--plan-in", "plan.json", "--policy", "fp16"], "--plan-in already decides what --policy would"),
-    ([*ASK, "--plan-out", "nowhere/plan.json"], "--plan-out nowhere/plan.json: its folder does not exist"),
-    ([*ASK, "--policy", "magic"], "there is no policy 'magic'"),
-    ([*ASK, "--policy", "fp16", "--kv-bits", "3"], "policy fp16 has no option kv_bits"),
-    ([*ASK, "--policy", "fp16", "--scorer", "bm25"], "policy fp16 looks at no scores"),
-    ([*ASK, "--policy", "cocktail", "--kv-bits", "3"], "policy cocktail has no option kv_bits"),
-    ([*ASK, "--policy", "cocktail", "--alpha", ".9"], "alpha + beta is 1"),
-    ([*ASK, "--alpha", ".9"], "policy budget has no option alpha"),
-    ([*ASK, "--no-search"], "policy budget has no option no_search"),
-    ([*ASK, "--policy", "kvquant"], "policy kvquant: the kvquant formats need a calibration"),
-    ([*ASK, "--policy", "kvquant", "--calibration", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
-    ([*ASK, "--policy", "kivi", "--sink", "0"], "policy kivi has no option sink"),
-    ([*ASK, "--formats", "kivi"], "policy budget has no option formats"),
-    ([*ASK, "--policy", "uniform"], "policy uniform needs a tier"),
-    ([*ASK, "--policy", "uniform", "--tier", "K4"], "of the form K3V2"),
-    ([*ASK, "--policy", "uniform", "--tier", "K4V4", "--scorer", "bm25"], "policy uniform looks at no scores"),
-    ([*ASK, "--policy", "kvtuner"], "policy kvtuner needs pairs"),
-    ([*ASK, "--policy", "kvtuner", "--pairs", "nowhere.json"], "pairs file nowhere.json: No such file"),
-    ([*ASK, "--pairs", "plan.json"], '"version" is 4'),
-    ([*ASK, "--pairs", "pairs.json", "--pairs-bits", "3"], "no trade-off of at most 3 bits"),
-    ([*ASK, "--pairs-bits", "3"], "no pairs file to choose from"),
-    ([*ASK, "--scorer", "hybrid"], "scorer hybrid needs an encoder"),
-    ([*ASK, "--kv-bits", "3", "--kv-budget", "1MB"], "kv_bits and kv_budget"),
-    ([*ASK, "--kv-bits", "-3"], "--kv-bits: '-3'; expected a number of at least 0"),
-    ([*ASK, "--kv-bits", "0"], "kv_bits is 0"),
-    ([*ASK, "--kv-bits", "nan"], "--kv-bits: 'nan'"),
-    ([*ASK, "--kv-bits", "inf"], "--kv-bits: 'inf'"),
-    ([*ASK, "--kv-budget", "12 parsecs"], "kv_budget is '12 parsecs'"),
-    ([*ASK, "--kv-budget", "-1GB"], "--kv-budget"),
-    ([*ASK, "--tiers", "K3V2,K5V5"], "tier k_bits is 5"),
-    ([*ASK, "--tiers", "INT4"], "of the form K3V2"),
-    ([*ASK, "--sink", "-1"], "--sink: '-1'; expected an integer of at least 0"),
-    ([*ASK, "--chunk", "0"], "--chunk: '0'; expected an integer of at least 1"),
-    ([*ASK, "--max-tokens", "0"], "--max-tokens: '0'"),
-    ([*ASK, "--max-tokens", "many"], "--max-tokens: 'many'"),
-    ([*ASK, "--threads", "-2"], "--threads: '-2'"),
-    ([*ASK, "--seed", "-1"], "--seed: '-1'"),
-    ([*ASK, "--temperature", "-1"], "--temperature: '-1'"),
-    ([*ASK, "--temperature", "1", "--top-p", "2"], "top_p is 2.0"),
-    ([*ASK, "--top-k", "5"], "--top-k changes nothing at temperature 0"),
-    ([*ASK, "--stop", ""], "--stop is empty"),
-    ([*ASK, "--backend", "tpu"], "--backend"),
-    ([*ASK, "--stats", "yaml"], "--stats"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) or "nothing" for arguments, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(model, files, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    try:
-        code = run.main(arguments)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    assert message in err
 
 
 def test_version(capsys):

@@ -45,12 +45,20 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # `... | head -1`: quiet, also when the interpreter flushes stdout on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `... | head -1`
+        _drop_stdout()
         return BROKEN_PIPE
+    except OSError as error:  # such as a full disk behind stdout
+        print_error(f"{error.filename or 'stdout'}: {error.strerror or error}")
+        _drop_stdout()
+        return ERROR
     return code or 0
 
 
 def print_error(error: CocktailError | str) -> None:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def _drop_stdout() -> None:
+    """So that the interpreter, which flushes stdout on its way out, does not fail there once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,12 +11,14 @@ from cocktail.cli.options import POLICY_OPTIONS, SAMPLING_OPTIONS, flag, given
 from runtime.errors import PlanError, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import Model
+    from cocktail import Document, Model
     from runtime.sampler import SamplingParams
 
 
 def read_text(path: str, option: str) -> str:
     """A file's UTF-8 text, "-" being stdin; a byte order mark is dropped."""
+    if not path:
+        raise PromptError(f"{option} is empty; expected a file's name, or - for stdin")
     name = "stdin" if path == "-" else path
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -28,7 +30,10 @@ def read_text(path: str, option: str) -> str:
         raise PromptError(f"{option} {name} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); "
                           "convert it, for example with iconv") from None
     if not text.strip():
-        raise PromptError(f"{option} {name} is empty")
+        raise PromptError(f"{option} {name} is empty; expected text")
+    if "\0" in text:
+        raise PromptError(f"{option} {name} is no text: byte {data.index(0)} is 0; extract its text first, for example "
+                          "with pdftotext")
     return text
 
 
@@ -37,13 +42,18 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.plan_in is not None:
         from runtime.plan import Plan
 
-        return {"plan": Plan.from_json(read_text(options.plan_in, "--plan-in"))}
+        text = read_text(options.plan_in, "--plan-in")
+        try:
+            return {"plan": Plan.from_json(text)}
+        except PlanError as error:
+            raise PlanError(f"--plan-in {options.plan_in}: {error}") from error
     from cocktail.policies import DEFAULT_POLICY, load_policy
     from cocktail.scorers import load_scorer
     from cocktail.scorers.attention import AttentionScorer
 
     seeded = ("seed",) if options.no_search else ()
-    policy = load_policy(options.policy or DEFAULT_POLICY, **given(options, (*POLICY_OPTIONS, *seeded)))
+    policy = load_policy(DEFAULT_POLICY if options.policy is None else options.policy,
+                         **given(options, (*POLICY_OPTIONS, *seeded)))
     if options.scorer is None:
         return {"policy": policy}
     if not policy.uses_scores:
@@ -54,6 +64,23 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(scorer, AttentionScorer):
         scorer.checked(policy)
     return {"policy": policy, "scorer": scorer}
+
+
+def check_model(options: argparse.Namespace, model: Model) -> None:
+    """Refuses what a model without a chat template has no place for."""
+    if model.template is None and options.context is None and not options.raw:
+        if options.system is not None:
+            raise PromptError("--system: this model has no chat template to put it into; make it part of --query")
+        if options.query is None:
+            raise PromptError("this model has no chat template, so it cannot chat; give --query, which it completes, "
+                              "or --context")
+
+
+def check_document(options: argparse.Namespace, document: Document) -> None:
+    """Refuses what the document is too short for."""
+    if options.sink is not None and options.sink > document.n_chunks:
+        raise PlanError(f"--sink is {options.sink}; the document has {document.n_chunks} whole chunks of "
+                        f"{document.chunk} tokens")
 
 
 def sampling_options(options: argparse.Namespace, model: Model) -> SamplingParams:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from cocktail.cli.arguments import Completion, Parser, at_least, number
-from runtime.errors import PlanError, PromptError
+from runtime.errors import BackendError, PlanError, PromptError
 
 # Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
 POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
@@ -124,8 +125,21 @@ def check(options: argparse.Namespace) -> None:
         raise PromptError("--query is empty and there is no --context; give one of them")
     if "" in options.stop:
         raise PromptError("--stop is empty; expected the text to stop before")
-    if options.plan_out is not None and not Path(options.plan_out).resolve().parent.is_dir():
-        raise PlanError(f"--plan-out {options.plan_out}: its folder does not exist")
+    if options.backend == "cpu" and options.no_graph:
+        raise BackendError("--no-graph is about CUDA graphs; it does not go with --backend cpu")
+    if options.plan_out is not None:
+        check_output(options.plan_out, "--plan-out")
+
+
+def check_output(path: str, option: str) -> None:
+    """Refuses what no file can be written to before any work is done."""
+    target = Path(path)
+    if not path or target.is_dir():
+        raise PlanError(f"{option} {path or 'is empty'}: expected the name of a file, not a folder's")
+    if not target.resolve().parent.is_dir():
+        raise PlanError(f"{option} {path}: its folder does not exist; make it first")
+    if not os.access(target if target.exists() else target.resolve().parent, os.W_OK):
+        raise PlanError(f"{option} {path}: may not be written; choose another place")
 
 
 def given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
