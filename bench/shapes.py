@@ -263,8 +263,9 @@ def model_options(parser: argparse.ArgumentParser, scorers: Sequence[str]) -> No
     what.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint instead")
     parser.add_argument("--backend", choices=["cuda"], default="cuda")
     parser.add_argument("--context-tokens", type=int, help=f"default: {CARD_TOKENS} for a shape, 4096 for a checkpoint")
-    parser.add_argument("--scorers", type=some_of((*SCORERS, *LIBRARY, ATTENTION), least=0),
-                        default=[*scorers], help=f"of {','.join((*SCORERS, *LIBRARY, ATTENTION))}; default: {','.join(scorers) or 'none'}")
+    known = (*SCORERS, *LIBRARY, ATTENTION)
+    parser.add_argument("--scorers", type=some_of(known, least=0), default=[*scorers],
+                        help=f"of {','.join(known)}; default: {','.join(scorers) or 'none'}")
     parser.add_argument("--peers", action="store_true", help="transformers in the same run")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
 

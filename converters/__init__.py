@@ -18,7 +18,7 @@ KINDS = {
     "gguf": "a .gguf file of the llama architecture",
     "mistral": "a folder with Mistral's consolidated.safetensors and params.json",
     "meta": "a folder with Meta's consolidated.*.pth and params.json",
-    "torch": "a Hugging Face folder with pytorch_model.bin, or its index and shards",
+    "torch": "a Hugging Face folder with pytorch_model.bin, or its index and shards; also of a BERT encoder",
 }
 _MODULES = {"gguf": "gguf", "mistral": "mistral", "meta": "meta", "torch": "torch_bin"}
 

@@ -1,10 +1,14 @@
-"""Hugging Face folders with torch weights: pytorch_model.bin, or pytorch_model.bin.index.json and its shards."""
+"""Hugging Face folders with torch weights: pytorch_model.bin, or pytorch_model.bin.index.json and its shards.
+
+Language models become one file that describes itself. Of a BERT encoder (Contriever, LLM-Embedder) only the weights are
+converted: the file belongs beside its folder's config.json and tokenizer.json, named model.safetensors.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from converters.model import Model, assemble
+from converters.model import Model, Source, assemble
 from converters.originals import files_beside, read_object
 from converters.torch_zip import LazyTensor, load
 from runtime.errors import ConvertError
@@ -15,6 +19,8 @@ def read(folder: Path) -> Model:
     if not folder.is_dir():
         raise ConvertError(f"{folder}: expected the folder that holds config.json and pytorch_model.bin")
     config = read_object(folder / "config.json")
+    if config.get("model_type") == "bert":
+        return Model(config, _encoder(folder))
     tied = config.get("tie_word_embeddings") is True
     tensors = {
         name: tensor for name, tensor in _tensors(folder).items()
@@ -22,6 +28,15 @@ def read(folder: Path) -> Model:
     }  # fmt: skip
     sources = assemble(folder, config, [tensor.source(name) for name, tensor in tensors.items()], interleaved=False)
     return Model(config, sources, files_beside(folder))
+
+
+def _encoder(folder: Path) -> list[Source]:
+    """What runtime.encoder reads, which also checks names and shapes; heads, poolers and buffers of ids stay behind."""
+    kept = [tensor.source(name) for name, tensor in _tensors(folder).items()
+            if name.removeprefix("bert.").startswith(("embeddings.", "encoder.")) and tensor.array.dtype.kind != "i"]
+    if not kept:
+        raise ConvertError(f"{folder}: config.json says bert, but there is no tensor embeddings.* or encoder.*")
+    return kept
 
 
 def _tensors(folder: Path) -> dict[str, LazyTensor]:

@@ -143,7 +143,7 @@ class Encoder:
             raise UnsupportedEncoder(f"the kernels cannot run this model: {error}") from error
         try:
             with backend.beside():
-                self._load(_Reader(SafetensorsFile(folder / "model.safetensors")))
+                self._load(_Reader(_weights(folder)))
         except MemoryError as error:
             raise OutOfMemory(f"the encoder's weights do not fit: {error}") from error
         except RuntimeError as error:  # a kernel error: of a value, or of a library that is missing
@@ -222,6 +222,14 @@ def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None, threads: 
         return CpuEncoder(threads)
     except KernelError as error:
         raise BackendError(str(error)) from error
+
+
+def _weights(folder: Path) -> SafetensorsFile:
+    path = folder / "model.safetensors"
+    if not path.exists() and any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(f"{folder} has torch weights only; convert them once: "
+                              f"python -m converters torch {folder} {path}")
+    return SafetensorsFile(path)
 
 
 class _Reader:

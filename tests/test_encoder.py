@@ -15,10 +15,12 @@ import pytest
 from encoder_files import SMALL, hidden_rows, minilm, save_bert, with_modules, with_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from cocktail.scorers import load_scorer
 from cocktail.scorers.encoder import EncoderScorer
 from cocktail.scorers.llm_embedder import PASSAGE_PREFIX, QUERY_PREFIX
+from converters import __main__ as converters
 from kernels_c import available_isas
 from kernels_c.encoder import CpuEncoder
 from runtime.checkpoint import Tensor
@@ -350,6 +352,44 @@ def test_where_the_c_kernels_are_not_built_the_library_is_named(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "kernels_c._kernels", None)
     with pytest.raises(ScorerError, match=f"C kernels are not built .* or give library:{minilm()}"):
         load_scorer(str(minilm()))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_torch_weights_are_refused_with_the_command_that_converts_them(tmp_path: Path, head: bool, sharded: bool,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """As in Contriever's and LLM-Embedder's repositories: pytorch_model.bin, a buffer of ids and a pooler in it."""
+    import torch
+
+    save_bert(tmp_path, head=head, vocab_size=30522)
+    expected = EncoderScorer(str(with_tokenizer(tmp_path))).embed(TEXTS[:3])
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(values) for name, values in state.items()}
+    state["bert." * head + "embeddings.position_ids"] = torch.arange(40)[None]
+    state["bert." * head + "pooler.dense.bias"] = torch.zeros(48)
+    parts = [dict(list(state.items())[i :: 2]) for i in range(2)] if sharded else [state]
+    names = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    for name, part in zip(names, parts, strict=True):
+        torch.save(part, tmp_path / name)
+    if sharded:
+        places = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ScorerError, match="torch weights only; convert them once: python -m converters torch") as error:
+        EncoderScorer(str(tmp_path))
+    *_, command = str(error.value).partition("python -m converters ")
+    assert converters.main(command.split()) == 0
+    capsys.readouterr()
+    np.testing.assert_array_equal(EncoderScorer(str(tmp_path)).embed(TEXTS[:3]), expected)
+
+
+def test_a_torch_file_without_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    save_bert(tmp_path)
+    torch.save({"cls.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    assert converters.main(["torch", str(tmp_path), str(tmp_path / "out.safetensors")]) == 2
+    assert "there is no tensor embeddings.* or encoder.*" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [
