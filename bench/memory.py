@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = resident()
 
     model = cocktail.load(args.model, backend="cpu", threads=args.threads)
-    doc = model.read(text)
+    doc = model.read(text, keep=False)
     answer = doc.ask("What does this document describe?", kv_bits=args.kv_bits, max_tokens=16)
     measured = peak_memory() - before
 

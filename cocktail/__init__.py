@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         BackendError,
         CheckpointError,
         CocktailError,
+        DocumentError,
         OutOfMemory,
         PlanError,
         PromptError,
@@ -43,8 +44,8 @@ _HOMES = {
     "cocktail.model": ("Model", "load"),
     "cocktail.policies": ("Policy", "load_policy"),
     "cocktail.scorers": ("Scorer", "load_scorer"),
-    "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "OutOfMemory", "PlanError", "PromptError",
-                       "ScorerError", "TokenizerError"),
+    "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "DocumentError", "OutOfMemory", "PlanError",
+                       "PromptError", "ScorerError", "TokenizerError"),
     "runtime.plan": ("DocumentShape", "Layout", "Plan", "Tier"),
     "runtime.sampler": ("SamplingParams",),
 }
@@ -52,7 +53,7 @@ __all__ = [  # noqa: RUF022 (the order of the API page)
     "load", "Model", "Document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
     "Plan", "Layout", "DocumentShape", "Tier", "plan_stats", "Policy", "load_policy", "Scorer", "load_scorer",
     "CocktailError", "CheckpointError", "TokenizerError", "BackendError", "OutOfMemory", "PromptError", "PlanError",
-    "ScorerError",
+    "ScorerError", "DocumentError",
 ]
 
 

@@ -14,6 +14,7 @@ from runtime.config import ModelConfig
 from runtime.engine import Planned, Progress, Reading, Timing, read
 from runtime.errors import PromptError
 from runtime.layerwise import LayerwisePlan
+from runtime.master import SharedMaster
 from runtime.model import Model as Engine
 from runtime.plan import HIDDEN, Plan
 from runtime.sampler import SamplingParams
@@ -27,13 +28,15 @@ FinishReason = Literal["eos", "length", "stop", "interrupted"]
 class Stats:
     """What one answer cost. Bytes are those of the allocation, times are seconds of wall clock.
 
-    prompt_tokens: prefix, context and suffix; context_tokens: the context alone; generated_tokens: with the end token.
+    prompt_tokens: prefix, context and suffix; context_tokens: the context alone; reused_tokens: those whose K and V had
+    been kept of an earlier question, or in a file; generated_tokens: with the end token.
     ttft_s: scoring, prefill (packing included) and the first draw. tpot_s: mean of the decode steps after it.
     score_s: all of scoring, by attention too; score_wait_s: the part of it that no prefill covered, which alone is in
     ttft_s. prefill_s: the forward pass over the prompt and packing; pack_s: packing's share of it.
     chunks: per tier, in the first layer. context_bits_per_value: context bytes * 8 / context values, all metadata and
     the sink counted, the tail not (FP16: 16). cache_bytes: the whole arena; cache_fp16_bytes: the same tokens at 16
-    bits. weights_bytes: on the device. peak_memory_bytes: resident memory of the process, its maximum so far.
+    bits. master_bytes: the exact K and V that are kept of the document. weights_bytes: on the device.
+    peak_memory_bytes: resident memory of the process, its maximum so far.
     outliers_kept, outliers_without_room: values that kvquant's sparse stores hold exactly, and those that they had no
     room for, which were clipped; of all packed chunks and layers, 0 with other formats.
     kernels: operation -> the kernel that ran it. policy, scorer: the names in the plan.
@@ -41,6 +44,7 @@ class Stats:
 
     prompt_tokens: int
     context_tokens: int
+    reused_tokens: int
     generated_tokens: int
     ttft_s: float
     tpot_s: float
@@ -54,6 +58,7 @@ class Stats:
     cache_fp16_bytes: int
     outliers_kept: int
     outliers_without_room: int
+    master_bytes: int
     weights_bytes: int
     peak_memory_bytes: int
     backend: str
@@ -96,6 +101,7 @@ class Job:
     stop: tuple[str, ...] = ()
     score_seconds: float = 0.0
     progress: Callable[[str, int, int], None] | None = None
+    master: SharedMaster | None = None
 
     def __post_init__(self) -> None:
         if any(not text for text in self.stop):
@@ -157,7 +163,7 @@ class AnswerStream:
                 def progress(done: int, total: int) -> None:
                     report("prefill", done, total)
             self._begin = time.perf_counter()
-            self._reading = read(job.engine, job.prompt, [self._kept(job.plan)], progress)
+            self._reading = read(job.engine, job.prompt, [self._kept(job.plan)], progress, master=job.master)
             eos = frozenset(job.tokenizer.eos_ids) | frozenset(job.engine.config.eos_ids)
             for token in self._reading.generate(job.sampling, job.max_new, eos):
                 if not self._ids:
@@ -199,6 +205,7 @@ class AnswerStream:
         self._answer = Answer("".join(self._text), tuple(self._ids), reason, plan, Stats(
             prompt_tokens=len(job.prompt),
             context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
+            reused_tokens=self._reading.reused if self._reading else 0,
             generated_tokens=len(self._ids),
             ttft_s=job.score_seconds + max(self._first_at - self._begin, 0.0),
             tpot_s=timing.per_token,
@@ -208,6 +215,7 @@ class AnswerStream:
             pack_s=timing.pack,
             outliers_kept=kept,
             outliers_without_room=without_room,
+            master_bytes=job.master.nbytes if job.master else 0,
             weights_bytes=job.engine.weights.nbytes,
             peak_memory_bytes=peak_memory(),
             backend=job.engine.backend.name,

@@ -1,7 +1,9 @@
 """A document to ask about: its chunks, plans for a question, answers, and comparisons of plans.
 
 The context is tokenized apart from the chat header before it and the question behind it, so its ids and its chunks
-never depend on the question.
+never depend on the question. Nor do its exact K and V, so they are kept when they are first computed (runtime.master):
+every later question brings them in layer by layer, computes its own rows over them, and packs the context anew for its
+own plan.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -21,8 +24,9 @@ from cocktail.policies import Policy, default_query, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.attention import AttentionScorer, query_rows
 from runtime.chat import PromptParts, split_prompt
-from runtime.engine import PendingPlan, Planned, Reading, read
-from runtime.errors import PlanError, PromptError
+from runtime.engine import PendingPlan, Planned, Reading, keep, read
+from runtime.errors import DocumentError, PlanError, PromptError
+from runtime.master import Place, SharedMaster, is_keepable
 from runtime.plan import HIDDEN, DocumentShape, Plan
 from runtime.sampler import SamplingParams
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from cocktail.model import Model
 
 ProgressReport = Callable[[str, int, int], None]
+Keep = bool | Place | None  # what Model.read takes
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,13 @@ class Comparison:
 
 
 class Document:
-    """What Model.read returns. Every question reads the whole prompt anew, so no question hurts another."""
+    """What Model.read returns. No question loses anything to the precision that another one chose.
 
-    def __init__(self, model: Model, context: str, chunk: int = 32, system: str | None = None):
+    keep: see Model.read. On the CPU several threads may ask at once; where nothing is kept yet they wait for the first
+    to read the document. On CUDA one thread may ask at a time.
+    """
+
+    def __init__(self, model: Model, context: str, chunk: int = 32, system: str | None = None, keep: Keep = None):
         if not context:
             raise PromptError("the context is empty; give a document or use generate")
         self.model = model
@@ -63,6 +72,34 @@ class Document:
         _, self.chunk_texts, self.remainder = cut(model.tokenizer, self.context_ids, chunk)
         self.digest = hashlib.sha256(np.array(self.context_ids, "<i4").tobytes()).hexdigest()[:16]
         self._scorers: dict[str, Scorer] = {}
+        self._loading = Lock()
+        self._master = self._new_master(keep)
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept of the document's K and V now, in bytes: 0 before it is first read, and where it is not kept."""
+        return 0 if self._master is None else self._master.nbytes
+
+    def prefill(self, progress: ProgressReport | None = None) -> None:
+        """Read the document now, so that the first question, too, finds it read. Raises PromptError where it exceeds
+        the model's positions, DocumentError where there is no room to keep it or nothing is to be kept, OutOfMemory.
+        """
+        if self._master is None:
+            raise DocumentError("this document is not kept between questions: there is nothing to read in advance; "
+                                "read it with keep=True")
+        check_positions(self.model.config, len(self._master.ids), None)
+        keep(self.model.engine, self._master, _prefill_report(progress))
+
+    def close(self) -> None:
+        """Give back what is kept, file or memory. The document can still be asked; it is then read again."""
+        if self._master is not None:
+            self._master.clear()
+
+    def __enter__(self) -> Document:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def n_chunks(self) -> int:
@@ -133,7 +170,8 @@ class Document:
         max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
         self._check_plan(chosen_plan, query, max_new)
         answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
-                                  sampling or SamplingParams(), max_new, tuple(stop), seconds, progress))
+                                  sampling or SamplingParams(), max_new, tuple(stop), seconds, progress,
+                                  self._master))
         return answer if stream else answer.answer
 
     def logits(self, query: str, answer_ids: Sequence[int], *, plan: Planned | None = None,
@@ -200,8 +238,7 @@ class Document:
     def _read(self, query: str, plans: Sequence[Planned], progress: ProgressReport | None = None) -> Reading:
         for plan in plans:
             self._check_plan(plan, query, plan.layout.max_new)
-        report = None if progress is None else lambda done, total: progress("prefill", done, total)
-        return read(self.model.engine, self.prompt(query), plans, report)
+        return read(self.model.engine, self.prompt(query), plans, _prefill_report(progress), master=self._master)
 
     def _check_plan(self, plan: Planned, query: str, max_new: int) -> None:
         """Raises PlanError where it was made for another model, document or length of question, as far as known."""
@@ -223,10 +260,25 @@ class Document:
     def _scorer(self, scorer: str | Scorer) -> Scorer:
         if not isinstance(scorer, str):
             return scorer
-        if scorer not in self._scorers:
-            device = "cpu" if self.model.backend.name == "cpu" else None
-            self._scorers[scorer] = load_scorer(scorer, device=device)
-        return self._scorers[scorer]
+        with self._loading:
+            if scorer not in self._scorers:
+                device = "cpu" if self.model.backend.name == "cpu" else None
+                self._scorers[scorer] = load_scorer(scorer, device=device)
+            return self._scorers[scorer]
+
+    def _new_master(self, keep: Keep) -> SharedMaster | None:
+        config, backend = self.model.config, self.model.backend
+        if keep not in (None, False, True, "file", "memory"):
+            raise DocumentError(f'keep is {keep!r}; expected True, False, None, "file" or "memory"')
+        if keep is None:
+            keep = backend.name == "cpu" and is_keepable(config)
+        if keep is False:
+            return None
+        if not is_keepable(config):
+            raise DocumentError("this model's positions are scaled by the length of the whole prompt (dynamic NTK), so "
+                                "the document's K changes with every question; read it with keep=False")
+        place: Place = keep if isinstance(keep, str) else "file" if backend.name == "cpu" else "memory"
+        return SharedMaster(backend, config, (*self.prefix_ids, *self.context_ids), place)
 
     def _last_text(self) -> str:
         return self.model.tokenizer.decode(self.context_ids[-64:])
@@ -242,6 +294,10 @@ def _check_stored(plan: Plan) -> None:
         if index in tiers[visible:]:
             raise PlanError(f"chunk {tiers.index(index, visible)} of layer {layer} is not stored ({HIDDEN}), but the "
                             "answer can see it; expected a tier of 2 bits or more")
+
+
+def _prefill_report(progress: ProgressReport | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress("prefill", done, total)
 
 
 def plan_stats(plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from cocktail.answer import Answer, AnswerStream, Job, check_positions
-from cocktail.document import Document
+from cocktail.document import Document, Keep
 from runtime.backend import Backend, load_backend
 from runtime.chat import ChatTemplate, encode_messages
 from runtime.checkpoint import Checkpoint
@@ -94,13 +94,20 @@ class Model:
         """Bytes of the weights as they lie on the device."""
         return self.engine.weights.nbytes
 
-    def read(self, context: str, *, chunk: int = 32, system: str | None = None) -> Document:
+    def read(self, context: str, *, chunk: int = 32, system: str | None = None, keep: Keep = None) -> Document:
         """A document to ask about, cut into chunks of `chunk` tokens: a multiple of 8 from 8 to 256.
 
-        system: the system message of the chat template, None for the template's own. Raises PromptError where the
-        context is empty, PlanError for another chunk size.
+        system: the system message of the chat template, None for the template's own.
+        keep: whether the first question, or Document.prefill, keeps the document's exact K and V in FP16, so that later
+        questions need no prefill of it. "file" keeps them in a temporary file that is mapped into memory, in the
+        folder that TMPDIR names, else /var/tmp; "memory" in the host's memory; True is the file on the CPU, whose
+        memory the weights and caches share, and memory on CUDA. False keeps nothing, for a single question, which then
+        writes no file. None is True on the CPU and False on CUDA, where the copies do not overlap with computing yet;
+        and False for a model whose K follows the length of the whole prompt (dynamic NTK), where nothing can be kept.
+        Raises PromptError where the context is empty, PlanError for another chunk size, DocumentError for a document
+        that cannot be kept.
         """
-        return Document(self, context, chunk, system)
+        return Document(self, context, chunk, system, keep)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], *, max_tokens: int | None = None,

@@ -42,7 +42,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if context is not None:
         chunk = {} if options.chunk is None else {"chunk": options.chunk}
-        document = model.read(context, system=options.system, **chunk)
+        once = {} if query is None else {"keep": False}  # for one question it would only cost a copy
+        document = model.read(context, system=options.system, **chunk, **once)
         check_document(options, document)
         turn = questioning(document, options, cache | common)
     elif query is None:

@@ -16,6 +16,7 @@ def table(answer: Answer) -> str:
     """A few aligned lines: tokens, times, chunks per width, bytes, kernels."""
     s = answer.stats
     context = f", {s.context_tokens} of them context" if s.context_tokens else ""
+    context += f", {s.reused_tokens} read before" if s.reused_tokens else ""
     rate = f" ({1 / s.tpot_s:.1f} tokens/s)" if s.tpot_s else ""
     rows = [
         ("tokens", f"{s.prompt_tokens} in the prompt{context}; {s.generated_tokens} generated "
@@ -33,7 +34,7 @@ def table(answer: Answer) -> str:
     rows += [
         ("cache", f"{_size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
                   f"{_size(s.cache_fp16_bytes)} at FP16"),
-        ("memory", f"weights {_size(s.weights_bytes)}, process peak {_size(s.peak_memory_bytes)}"),
+        ("memory", f"weights {_size(s.weights_bytes)}, {_kept(s)}process peak {_size(s.peak_memory_bytes)}"),
         ("backend", f"{s.backend}: " + ", ".join(dict.fromkeys(s.kernels.values()))),
     ]
     rows += [("note", note) for note in answer.plan.notes]
@@ -102,6 +103,10 @@ class StageProgress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _kept(s: Stats) -> str:
+    return f"document kept {_size(s.master_bytes)}, " if s.master_bytes else ""
 
 
 def _scoring(s: Stats) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +17,7 @@ from runtime.cache import Cache
 from runtime.errors import OutOfMemory, PromptError
 from runtime.format_data import format_data
 from runtime.layerwise import LayerChoices, LayerwisePlan, QueryAttention
+from runtime.master import SharedMaster
 from runtime.model import Model, StepBuffers, decode_step, prefill
 from runtime.plan import Layout, Plan
 from runtime.sampler import Sampler, SamplingParams
@@ -60,7 +61,10 @@ class Timing:
 
 @dataclass
 class Reading:
-    """A prompt that has been read once into one cache per plan; each cache can answer again and again."""
+    """A prompt that has been read once into one cache per plan; each cache can answer again and again.
+
+    reused: how many of its tokens came from a master.
+    """
 
     model: Model
     prompt: tuple[int, ...]
@@ -68,6 +72,7 @@ class Reading:
     rope: tuple[object, object]
     first_logits: npt.NDArray[np.float32]  # (1, V), from the exact prefill
     timing: Timing = field(default_factory=Timing)
+    reused: int = 0
 
     def __post_init__(self) -> None:
         backend = self.model.backend
@@ -146,24 +151,41 @@ class Reading:
 
 
 def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress: Progress | None = None,
-         tile: int | None = None) -> Reading:
-    """One prefill that fills one cache per plan, from beginning to end; arguments and errors are read_in_steps'."""
-    steps = read_in_steps(model, prompt, plans, tile)
-    while True:
-        try:
-            done, total = next(steps)
-        except StopIteration as end:
-            reading: Reading = end.value
-            return reading
-        if progress is not None:
-            progress(done, total)
+         tile: int | None = None, master: SharedMaster | None = None) -> Reading:
+    """One prefill that fills one cache per plan, from beginning to end; arguments and errors are read_in_steps'.
+
+    While another thread is the first to read what the master keeps, this one waits for it.
+    """
+    with nullcontext() if master is None else master.turn():
+        steps = read_in_steps(model, prompt, plans, tile, master)
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                reading: Reading = end.value
+                return reading
+            if progress is not None:
+                progress(done, total)
 
 
-def read_in_steps(model: Model, prompt: Sequence[int], plans: Sequence[Planned],
-                  tile: int | None = None) -> Generator[tuple[int, int], None, Reading]:
+def keep(model: Model, master: SharedMaster, progress: Progress | None = None) -> None:
+    """Fill the master without a question; nothing to do where it is full, or where a paused pass is about to fill it.
+    Raises DocumentError, OutOfMemory."""
+    with master.turn(), _memory_for(master.ids), master.lend(master.ids) as (_, kept):
+        if kept is None:
+            return
+        rope = model.rope(len(master.ids), len(master.ids))
+        for done, total in prefill(model, master.ids, rope, (), None, model.backend.prefill_tile, kept=kept):
+            if progress is not None:
+                progress(done, total)
+
+
+def read_in_steps(model: Model, prompt: Sequence[int], plans: Sequence[Planned], tile: int | None = None,
+                  master: SharedMaster | None = None) -> Generator[tuple[int, int], None, Reading]:
     """One prefill that fills one cache per plan, a (layer, token tile) at every next(); yields (steps done, steps in
     all) and returns the Reading. Closed midway, it gives everything back.
 
+    master: the prompt's first tokens, which are brought in from it, or kept in it where it is empty.
     Raises PromptError, PlanError or OutOfMemory before any work: the caches are there when this returns, so a plan
     that does not fit costs no prefill. A pending plan is made, on the thread that drives the steps, when the first
     layer is to be packed: CUDA has been handed that whole layer by then and works on it meanwhile. (A second thread
@@ -189,17 +211,17 @@ def read_in_steps(model: Model, prompt: Sequence[int], plans: Sequence[Planned],
         cache.assign(plan if isinstance(plan, Plan) else plan.make if isinstance(plan, PendingPlan)
                      else LayerChoices(plan, watched[_grid(plan)]))
     return _filled(model, tuple(prompt), rope, caches, tuple(watched.values()), tile or model.backend.prefill_tile,
-                   seconds)
+                   master, seconds)
 
 
 def _filled(model: Model, prompt: tuple[int, ...], rope: tuple[Array, Array], caches: tuple[Cache, ...],
-            watched: tuple[QueryAttention, ...], tile: int,
+            watched: tuple[QueryAttention, ...], tile: int, master: SharedMaster | None,
             seconds: float) -> Generator[tuple[int, int], None, Reading]:
     """The steps of read_in_steps. seconds: what went by before; the caller's time between steps is not counted."""
-    with _memory_for(prompt):
+    with _memory_for(prompt), nullcontext((None, None)) if master is None else master.lend(prompt) as (known, kept):
         begin = time.perf_counter()
         logits = model.backend.empty((1, model.config.vocab_size), np.float32)
-        for step in prefill(model, prompt, rope, caches, logits, tile, watched):
+        for step in prefill(model, prompt, rope, caches, logits, tile, watched, known, kept):
             seconds += time.perf_counter() - begin
             yield step
             begin = time.perf_counter()
@@ -208,7 +230,7 @@ def _filled(model: Model, prompt: tuple[int, ...], rope: tuple[Array, Array], ca
         pack, plan, wait = (sum(parts) for parts in zip(*(cache.timing() for cache in caches), strict=True))
         looked = sum(attention.seconds() for attention in watched)
         timing = Timing(prefill=seconds - wait - looked, pack=pack, plan=plan + looked, wait=wait + looked)
-        return Reading(model, prompt, caches, rope, first, timing)
+        return Reading(model, prompt, caches, rope, first, timing, 0 if known is None else known.tokens)
 
 
 @contextmanager

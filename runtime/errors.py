@@ -37,6 +37,10 @@ class PromptError(CocktailError):
     """A prompt is empty, too long for the model's positions, or otherwise unusable."""
 
 
+class DocumentError(CocktailError):
+    """What is kept of a document cannot be written, is damaged, or belongs to another model, tokenizer or version."""
+
+
 class BackendError(CocktailError):
     """A backend is unavailable on this machine or refuses a combination it has no kernel for."""
 

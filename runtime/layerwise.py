@@ -53,7 +53,7 @@ class QueryAttention:
     """The attention of some rows of a prompt to its chunks, one layer at a time, for all caches that ask for it."""
 
     def __init__(self, backend: Backend, layout: Layout, rows: range) -> None:
-        self._backend, self._layout, self._rows = backend, layout, rows
+        self._backend, self._layout, self.rows = backend, layout, rows
         self._shape = layout.n_kv_heads, layout.n_chunks
         self._sums = backend.empty(self._shape, np.float32)
         self._copies: list[tuple[Array, npt.NDArray[np.int32]]] = []  # one per tile that holds some of the rows
@@ -63,7 +63,7 @@ class QueryAttention:
 
     def see(self, q: Array, k: Array, start: int) -> None:
         """One tile of the layer: q (T, H, D) of rows start.., k (G, S, D) up to its last row. Does not wait."""
-        first, last = max(self._rows.start, start), min(self._rows.stop, start + len(q))
+        first, last = max(self.rows.start, start), min(self.rows.stop, start + len(q))
         if first >= last or not self._layout.n_chunks:
             return
         if len(self._waits) == len(self._copies):

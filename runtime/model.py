@@ -2,6 +2,9 @@
 
 Prefill keeps the hidden states of all tokens and the K and V of one layer: layer l computes K and V of every token in
 FP16, attends with them exactly, and hands them to the caches, which pack their chunks before layer l + 1 begins.
+
+What comes first in many prompts, a document, need not be computed each time: its K and V of every layer are kept while
+one prompt is read (`kept`) and brought in by later ones (`known`), which compute the rows behind it only.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.config import ModelConfig
 from runtime.layerwise import QueryAttention
+from runtime.master import Master
 from runtime.rope import rope_tables
 from runtime.weights import LayerWeights, Weights
 
@@ -61,51 +65,62 @@ class StepBuffers:
                           backend.activation_type(rows, [layer.down for layer in layers])))
 
 
-def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array,
-            tile: int, watched: Sequence[QueryAttention] = ()) -> Generator[tuple[int, int], None, None]:
+def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches: Sequence[Cache], logits: Array | None,
+            tile: int, watched: Sequence[QueryAttention] = (), known: Master | None = None,
+            kept: Master | None = None) -> Generator[tuple[int, int], None, None]:
     """Run the prompt and fill every cache; resumable anywhere between steps. watched: what sees every tile's q and k.
 
+    known: K and V of the prompt's first tokens, which are not computed again. kept: where to put those that are; it
+    holds the first tokens of every layer once the generator has ended.
     Yields (steps done, steps in all) after each (layer, token tile). At the end logits (1, V) predict the first
-    answer token: they come from the exact K and V, whatever the caches keep.
+    answer token: they come from the exact K and V, whatever the caches keep. logits None: nobody wants to know.
     """
     config, backend, layers = model.config, model.backend, model.weights.layers
     n = len(ids)
-    tiles = _tiles(n, tile)
-    x = backend.empty((n, config.hidden_size), np.float32)
+    # Rows whose q is looked at are computed although they are known, the last one always.
+    begin = 0 if known is None else min(known.tokens, n - 1, *(attention.rows.start for attention in watched))
+    tiles = _tiles(begin, n, tile)
+    x = backend.empty((n - begin, config.hidden_size), np.float32)
     highest = StepBuffers.allocate(config, backend, max(end - start for start, end in tiles), layers, x=x)
     heights = {1, *(end - start for start, end in tiles)}  # the last layer ends with one row
     buffers = {rows: StepBuffers.allocate(config, backend, rows, layers, **vars(highest)) for rows in heights}
     k = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
     v = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
-    positions = backend.upload(np.arange(n, dtype=np.int32))
-    backend.embed(backend.upload(np.array(ids, np.int32)), model.weights.embed, x)
+    positions = backend.upload(np.arange(begin, n, dtype=np.int32))
+    backend.embed(backend.upload(np.array(ids[begin:], np.int32)), model.weights.embed, x)
     done, total = 0, config.n_layers * len(tiles)
     for layer in range(config.n_layers):
         last = layer == config.n_layers - 1
         for start, end in tiles:
-            q = buffers[end - start].q
-            _project(model, layer, x[start:end], rope, positions[start:end], positions[start:end], q, k, v)
+            q, at = buffers[end - start].q, positions[start - begin : end - begin]
+            _project(model, layer, x[start - begin : end - begin], rope, at, at, q, k, v)
+            if known is not None:  # after the projection: of a row that both have, the known K and V count
+                known.fetch(layer, k, v, 0 if start == begin else start)
             for attention in watched:
                 attention.see(q, k, start)
             # Of the last layer only the last token's output is read; its K and V are needed for every token.
-            first = n - 1 if last else start
+            first = start if not last else n - 1 if logits is not None else n
             if first < end:
                 attended, hidden = buffers[end - first].attended, buffers[end - first].hidden
                 backend.prefill_attention(q[first - start :], k, v, first, config.sliding_window, attended)
-                _finish_layer(model, layer, x[first:end], attended, hidden)
+                _finish_layer(model, layer, x[first - begin : end - begin], attended, hidden)
             done += 1
             if end == n:
+                if kept is not None:
+                    kept.keep(layer, k, v)
                 for cache in caches:
                     cache.pack(layer, k, v)
             yield done, total
-    backend.logits(x[n - 1 : n], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
+    if logits is not None:
+        backend.logits(x[n - 1 - begin :], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
 
 
-def _tiles(n: int, tile: int) -> list[tuple[int, int]]:
-    """0..n in tiles. A short rest makes the first one longer: few rows keep no device busy, and these see few keys."""
-    rest = n % tile
-    ends = [*range(tile + (rest if 8 * rest < tile else 0), n, tile), n]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _tiles(begin: int, n: int, tile: int) -> list[tuple[int, int]]:
+    """begin..n in tiles. A short rest makes the first one longer: few rows keep no device busy, and these see few
+    keys."""
+    rest = (n - begin) % tile
+    ends = [*range(begin + tile + (rest if 8 * rest < tile else 0), n, tile), n]
+    return list(zip([begin, *ends[:-1]], ends, strict=True))
 
 
 def decode_step(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:

@@ -12,11 +12,11 @@ from runtime.errors import CheckpointError
 from runtime.plan import DocumentShape, Plan, Tier
 
 STATS = {
-    "prompt_tokens": 140, "context_tokens": 100, "generated_tokens": 3, "ttft_s": 0.5, "tpot_s": 0.05, "score_s": 0.01,
-    "score_wait_s": 0.004, "prefill_s": 0.4, "pack_s": 0.02,
+    "prompt_tokens": 140, "context_tokens": 100, "reused_tokens": 0, "generated_tokens": 3, "ttft_s": 0.5,
+    "tpot_s": 0.05, "score_s": 0.01, "score_wait_s": 0.004, "prefill_s": 0.4, "pack_s": 0.02,
     "chunks": {"FP16": 1, "K3V2": 2}, "context_bits_per_value": 7.5,
     "cache_bytes": 1 << 20, "cache_fp16_bytes": 4 << 20, "outliers_kept": 0, "outliers_without_room": 0,
-    "weights_bytes": 3 << 30, "peak_memory_bytes": 5 << 20,
+    "master_bytes": 0, "weights_bytes": 3 << 30, "peak_memory_bytes": 5 << 20,
     "backend": "cpu", "kernels": {"decode": "decode_avx2"}, "policy": "budget", "scorer": "bm25",
 }
 

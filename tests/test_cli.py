@@ -54,7 +54,7 @@ def test_only_given_options_reach_the_api(model, files):
     """So that a default is stated once, in the API, and conflicts between options are found by it."""
     run.main(ASK)
     assert model.options("load") == {"backend": "auto", "threads": None, "graph": True}
-    assert model.options("read") == {"system": None}
+    assert model.options("read") == {"system": None, "keep": False}  # for a single question nothing is kept
     asked = model.options("ask")
     assert asked.keys() == {"policy", "sampling", "stop", "stream", "progress"}
     assert vars(asked["policy"]) == vars(BudgetPolicy())

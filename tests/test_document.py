@@ -109,7 +109,8 @@ class Spy:
         self.events.append(f"{stage} {done}/{total}")
 
 
-def test_chunks_are_scored_behind_the_first_layer_where_the_layout_can_be_known_before(doc, monkeypatch):
+def test_chunks_are_scored_behind_the_first_layer_where_the_layout_can_be_known_before(model, text, monkeypatch):
+    doc = model.read(text[:5000], keep=False)
     spy = Spy()
     pack = doc.model.backend.pack
     monkeypatch.setattr(doc.model.backend, "pack", lambda *args, **kw: (spy.events.append("pack"), pack(*args, **kw)))

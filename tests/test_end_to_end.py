@@ -58,7 +58,7 @@ ASK = ("chat.safetensors", "--context", "doc.txt", "--query", QUESTION, "--max-t
 
 @pytest.fixture(scope="module")
 def document(folder):
-    return cocktail.load(folder / "chat.safetensors", backend="cpu", threads=1).read(CONTEXT)
+    return cocktail.load(folder / "chat.safetensors", backend="cpu", threads=1).read(CONTEXT, keep=False)
 
 
 def test_the_command_line_and_the_api_agree(cli, document):

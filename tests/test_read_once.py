@@ -1,0 +1,225 @@
+"""A document that is read once: every later question gets what a fresh reading gives, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cocktail
+from runtime.engine import read, read_in_steps
+from runtime.errors import DocumentError, PromptError
+from runtime.master import Master
+from runtime.model import _tiles
+
+TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
+QUESTION = "Who mended the cracked iron pan?"
+GEMV_ROWS = 16  # kernels_c/src/linear.h: so few rows are multiplied by another kernel, which adds in another order
+WINDOWS = {"none": None, "short": 90, "long": 400}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By sliding window: random models whose attention does not fade, so that every chunk counts."""
+    def load(window):
+        changes = {"num_hidden_layers": 3} if window is None else {
+            "num_hidden_layers": 3, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+            "sliding_window": window}
+        path = tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"), **changes)
+        return cocktail.load(path, backend="cpu", threads=1)
+
+    return {name: load(window) for name, window in WINDOWS.items()}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["none"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    window: str
+    system: str
+    text: str
+    queries: tuple[str, ...]
+    chunk: int
+    tile: int
+    place: str
+    options: dict
+
+
+policies = st.one_of(
+    st.just({"policy": "fp16"}), st.just({"policy": "cocktail"}), st.just({"policy": "atom"}),
+    st.just({"policy": "uniform", "tier": "K4V2"}), st.just({"policy": "budget", "shares": "0.3,0.2"}),
+    st.sampled_from((2, 4)).map(lambda bits: {"policy": "kivi", "bits": bits, "residual": 8 * bits}),
+    st.sampled_from(("bm25", "attention")).map(
+        lambda scorer: {"policy": "budget", "scorer": scorer, "tiers": "K3V2,K4V4,FP16", "shares": "0.3,0.2"}))
+queries = st.one_of(st.just(""), st.integers(0, 200).map(lambda n: TEXT[n : n + n // 2 + 1]))
+
+
+@st.composite
+def asked(draw):
+    begin, length = draw(st.integers(0, 9000)), draw(st.integers(1, 1200))
+    options = draw(policies)
+    if options["policy"] == "budget" and "tiers" not in options:
+        options = {"policy": "budget", "tiers": "K2V2,K4V3,FP16", **options}
+    return Asked(draw(st.sampled_from(list(WINDOWS))), TEXT[: draw(st.integers(0, 80))], TEXT[begin : begin + length],
+                 tuple(draw(st.lists(queries, min_size=2, max_size=3))), draw(st.sampled_from((8, 16, 32, 64))),
+                 draw(st.sampled_from((40, 128, 512))), draw(st.sampled_from(("file", "memory"))), options)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(asked())
+def test_a_later_question_gets_the_logits_of_a_fresh_reading(models, case):
+    """To the last bit where the same kernels run; within what an order of addition changes where not."""
+    model, answer = models[case.window], [5, 70, 9, 301, 8]
+    model.backend.prefill_tile = case.tile
+    kept, fresh = (model.read(case.text, chunk=case.chunk, system=case.system, keep=keep)
+                   for keep in (case.place, False))
+    known = len(kept.prefix_ids) + len(kept.context_ids)
+    for i, query in enumerate(case.queries):
+        expected, found = (doc.logits(query, answer, **case.options) for doc in (fresh, kept))
+        n = len(kept.prompt(query))
+        tiles = [*_tiles(0, n, case.tile), *(_tiles(min(known, n - 1), n, case.tile) if i else ())]
+        if min(end - start for start, end in tiles) > GEMV_ROWS or not i:
+            np.testing.assert_array_equal(found, expected)
+        elif case.options.get("scorer") != "attention":  # which may choose otherwise between equals
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+    kept.close()
+    assert kept.nbytes == 0
+
+
+def test_what_is_kept_is_said_and_counted(model):
+    doc = model.read(TEXT[:3000])
+    config, tokens = model.config, len(doc.prefix_ids) + len(doc.context_ids)
+    assert doc.nbytes == 0
+    first, second = (doc.ask(QUESTION, max_tokens=4).stats for _ in range(2))
+    assert (first.reused_tokens, second.reused_tokens) == (0, tokens)
+    assert first.master_bytes == second.master_bytes == doc.nbytes
+    assert doc.nbytes == 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens
+    doc.close()
+    assert doc.ask(QUESTION, max_tokens=4).stats.reused_tokens == 0
+    with model.read(TEXT[:3000], keep=False) as once:
+        stats = [once.ask(QUESTION, max_tokens=4).stats for _ in range(2)]
+    assert [(s.reused_tokens, s.master_bytes) for s in stats] == [(0, 0)] * 2
+
+
+def test_prefill_reads_the_document_before_any_question(model):
+    doc, steps = model.read(TEXT[:3000]), []
+    doc.prefill(lambda stage, done, total: steps.append((stage, done, total)))
+    assert doc.nbytes
+    assert steps[-1][:2] == ("prefill", steps[-1][2])
+    answer = doc.ask(QUESTION, max_tokens=6)
+    assert answer.stats.reused_tokens == len(doc.prefix_ids) + len(doc.context_ids)
+    assert answer.ids == model.read(TEXT[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
+    steps.clear()
+    doc.prefill(lambda *step: steps.append(step))
+    assert steps == []
+
+
+def test_every_layer_is_computed_once_whoever_asks_first(model, monkeypatch):
+    """Eight threads at once: one reads the document, the others wait for it; all answers are a fresh reading's."""
+    words = ("ferry", "pan", "keys", "bread", "dogs", "rain", "tea", "oil")
+    questions = [f"What is said about {word}?" for word in words]
+    fresh = model.read(TEXT[:3000], keep=False)
+    expected = [fresh.ask(query, max_tokens=6).ids for query in questions]
+    doc, rows = model.read(TEXT[:3000]), []
+    embed = model.backend.embed
+    monkeypatch.setattr(model.backend, "embed", lambda ids, *rest: (rows.append(len(ids)), embed(ids, *rest)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda query: doc.ask(query, max_tokens=6).ids, questions))
+    assert found == expected
+    assert sum(n > len(doc.context_ids) for n in rows) == 1
+
+
+def test_a_paused_first_reading_holds_nobody_back(model):
+    doc, engine = model.read(TEXT[:3000]), model.engine
+    expected = model.read(TEXT[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
+    plan = doc.plan(QUESTION, max_tokens=6)
+    paused = read_in_steps(engine, doc.prompt(QUESTION), [plan], master=doc._master)
+    next(paused)
+    between = doc.ask(QUESTION, max_tokens=6)
+    assert (between.ids, between.stats.reused_tokens, doc.nbytes) == (expected, 0, 0)
+    for _ in paused:
+        pass
+    assert doc.nbytes
+    assert doc.ask(QUESTION, max_tokens=6).ids == expected
+
+
+@pytest.mark.parametrize("how", ["interrupt", "close", "error"])
+def test_a_reading_that_is_given_up_keeps_nothing_and_the_next_one_does(model, how):
+    doc = model.read(TEXT[:3000])
+    if how == "close":
+        steps = read_in_steps(model.engine, doc.prompt(QUESTION), [doc.plan(QUESTION)], master=doc._master)
+        next(steps)
+        steps.close()
+    else:
+        wrong = KeyboardInterrupt if how == "interrupt" else ZeroDivisionError
+
+        def stop(stage, done, total):
+            if stage == "prefill" and done > 1:
+                raise wrong
+        with pytest.raises(wrong):
+            doc.prefill(stop)
+    assert doc.nbytes == 0
+    assert doc.ask(QUESTION, max_tokens=4).stats.reused_tokens == 0
+    assert doc.ask(QUESTION, max_tokens=4).stats.reused_tokens > 0
+
+
+def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    doc = model.read(TEXT[:3000])
+
+    def full(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DocumentError, match=r"no file of [\d,]+ bytes .*No space left.*TMPDIR"):
+            doc.ask(QUESTION, max_tokens=2)
+    assert not list(tmp_path.iterdir())
+    assert doc.ask(QUESTION, max_tokens=2).ids  # the document is as before
+    assert not list(tmp_path.iterdir())  # the file has no name
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(DocumentError, match="missing: no file of"):
+        model.read(TEXT[:3000]).ask(QUESTION, max_tokens=2)
+
+
+def test_without_tmpdir_the_file_goes_where_there_is_a_disk(model, monkeypatch):
+    folders, make = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **how: (folders.append(how["dir"]), make(**how))[1])
+    monkeypatch.delenv("TMPDIR", raising=False)
+    Master.empty(model.backend, model.config, 10, "file")
+    assert folders == ["/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()]
+
+
+def test_what_cannot_be_kept_is_refused_by_name(model, tmp_path):
+    with pytest.raises(DocumentError, match="keep is 'disk'; expected"):
+        model.read(TEXT[:500], keep="disk")
+    once = model.read(TEXT[:500], keep=False)
+    with pytest.raises(DocumentError, match="not kept between questions"):
+        once.prefill()
+    dynamic = cocktail.load(tiny_model.save_tiny_model(
+        tmp_path, max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), backend="cpu",
+        threads=1)
+    with pytest.raises(DocumentError, match="dynamic NTK"):
+        dynamic.read(TEXT[:500], keep=True)
+    doc = dynamic.read(TEXT[:500])
+    assert [doc.ask(QUESTION, max_tokens=2).stats.reused_tokens for _ in range(2)] == [0, 0]
+    with pytest.raises(PromptError, match="8192 positions"):
+        model.read(TEXT * 3).prefill()
+
+
+def test_another_prompt_than_the_documents_is_refused(model):
+    doc, other = model.read(TEXT[:500]), model.read(TEXT[500:1000])
+    plan = doc.plan(QUESTION)
+    with pytest.raises(PromptError, match="does not begin with"):
+        read(model.engine, doc.prompt(QUESTION), [plan], master=other._master)
