@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runtime.plan import check_chunk_size
+
+if TYPE_CHECKING:
+    from runtime.tokenizer import Tokenizer
 
 DEFAULT_CHUNK = 32  # paper, section IV-B and Table III: smaller gains nothing, larger loses accuracy
 
@@ -27,3 +30,14 @@ def cut(tokenizer: Decoder, ids: Sequence[int],
     whole = len(ids) // size * size
     chunks = [ids[start:start + size] for start in range(0, whole, size)]
     return chunks, [tokenizer.decode(chunk).strip("\ufffd") for chunk in chunks], len(ids) - whole
+
+
+def passages(tokenizer: Tokenizer, ids: Sequence[int], size: int = DEFAULT_CHUNK) -> list[str]:
+    """The text of each whole chunk and of what is left over ("" if nothing): joined, the text of all ids.
+
+    For showing. A character that a border cuts is in the later chunk.
+    """
+    check_chunk_size(size)
+    stream, whole = tokenizer.stream(), len(ids) // size * size
+    texts = ["".join(map(stream.push, ids[start:start + size])) for start in range(0, whole, size)]
+    return [*texts, "".join(map(stream.push, ids[whole:])) + stream.finish()]

@@ -27,7 +27,7 @@ class Step:
 
 SCALE = (Step(0, "_", "#b9bec7"), Step(2, ".", "#8a94a6"), Step(2.5, ":", "#6d9dc5"), Step(3, "-", "#43a5bd"),
          Step(3.5, "=", "#3fae95"), Step(4, "+", "#86b34a"), Step(6, "*", "#e3b23c"), Step(8, "%", "#ec7f37"),
-         Step(16, "#", "#d7263d"))
+         Step(16, "#", "#ee5260"))
 
 
 def step(bits: float) -> Step:

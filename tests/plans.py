@@ -1,12 +1,14 @@
-"""What hypothesis draws for plans: any valid one."""
+"""Plans to test with: any valid one, and small ones with given tiers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from strategies import tiers_of
 
 from runtime.formats import FAMILIES
-from runtime.plan import FP16, HIDDEN, CalibrationFile, Layout, Plan
+from runtime.plan import FP16, HIDDEN, CalibrationFile, DocumentShape, Layout, Plan, Tier
 
 LINES = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -36,3 +38,12 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(layout, assignment, draw(LINES), draw(LINES),
                 draw(st.none() | st.lists(FLOATS, min_size=n, max_size=n).map(tuple)),
                 tuple(draw(st.lists(LINES, max_size=2))), draw(st.none() | st.permutations(range(n)).map(tuple)))
+
+
+def plan_of_layers(*layers: tuple[int, ...]) -> Plan:
+    """Each layer's chunks as indices of K4V4, FP16, K3V2."""
+    shape = DocumentShape(n_layers=len(layers), n_kv_heads=1, head_dim=8, chunk=32, n_chunks=len(layers[0]), prefix=0,
+                          remainder=0, suffix=1, max_new=1, window=None)
+    layout = shape.layout((Tier(4, 4), FP16, Tier(3, 2)), (0, 0, len(layers[0])))
+    counts = tuple(tuple(layer.count(tier) for tier in range(3)) for layer in layers)
+    return Plan(replace(layout, counts=counts), layers, policy="budget", scorer="bm25")

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
-from plans import plans
+from plans import plan_of_layers, plans
 from rich.console import Console
 
 from cocktail.mix import SCALE, chunk_bits, legend, step
 from cocktail.strip import show_plan, strip
-from runtime.plan import DocumentShape, Plan, Tier
 
-TIERS = (Tier(4, 4), Tier(16, 16), Tier(3, 2))
-
-
-def plan(*layers: tuple[int, ...]) -> Plan:
-    shape = DocumentShape(n_layers=len(layers), n_kv_heads=1, head_dim=8, chunk=32, n_chunks=len(layers[0]), prefix=0,
-                          remainder=0, suffix=1, max_new=1, window=None)
-    layout = shape.layout(TIERS, [0, 0, len(layers[0])])
-    counts = tuple(tuple(layer.count(tier) for tier in range(3)) for layer in layers)
-    return Plan(replace(layout, counts=counts), layers, policy="budget", scorer="bm25")
-
-
-MIXED = plan((1, *[2] * 150, *[0] * 49))
+MIXED = plan_of_layers((1, *[2] * 150, *[0] * 49))
 
 
 class Terminal(io.StringIO):
@@ -65,7 +52,7 @@ def test_plain_where_nothing_has_colours(terminal, monkeypatch):
 
 
 def test_where_layers_differ_their_mean_is_drawn():
-    differing = plan((1, 0, 2), (1, 1, 2), (1, 0, 2))
+    differing = plan_of_layers((1, 0, 2), (1, 1, 2), (1, 0, 2))
     assert chunk_bits(differing) == [16, 8, 2.5]
     names, drawn = strip(differing, coloured=False)
     assert drawn.plain == "#%:"
