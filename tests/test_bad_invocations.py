@@ -120,6 +120,7 @@ BAD = [
     # policy, budget, scorer
     ([MODEL, "--query", "Hi", "--kv-bits", "3"], "--kv-bits shapes the cache of a document; give one with --context"),
     ([MODEL, "--query", "Hi", "--show-plan"], "--show-plan shapes"),
+    ([MODEL, "--query", "Hi", "--report", "out.html"], "--report shapes"),
     ([MODEL, "--query", "Hi", "--sink", "0"], "--sink shapes"),
     ([*ASK, "--policy", "magic"], "there is no policy 'magic'; expected one of"),
     ([*ASK, "--policy", ""], "there is no policy ''; expected one of"),
@@ -170,6 +171,7 @@ BAD = [
     ([*ASK, "--plan-in", "plan.json"], "the plan does not fit", "head_dim is 8, expected 16", "make a new plan"),
     ([*ASK, "--plan-in", "plan.json", "--policy", "fp16"], "--plan-in already decides what --policy would"),
     ([*ASK, "--plan-out", "empty"], "--plan-out empty: expected the name of a file, not a folder's"),
+    ([*ASK, "--report", "nowhere/out.html"], "--report nowhere/out.html: its folder does not exist"),
     ([*ASK, "--plan-out", "nowhere/plan.json"], "--plan-out nowhere/plan.json: its folder does not exist"),
     ([*ASK, "--policy", "kvtuner"], "policy kvtuner needs pairs: a file made by python -m cocktail.tune"),
     ([*ASK, "--policy", "kvtuner", "--pairs", "nowhere.json"], "pairs file nowhere.json: No such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import signal
@@ -95,6 +96,14 @@ def test_the_summary_names_every_tier(cli):
     _, _, err = cli(*ASK, "--show-plan")
     for shown in ("FP16", "K8V4", "K4V3", "K3V2", "bits per value", "TTFT", "TPOT", "chunks, in document order"):
         assert shown in err
+
+
+def test_a_report_shows_the_answer(cli, folder):
+    code, out, _ = cli(*ASK, "--report", "out.html")
+    text = html.unescape(re.sub("<[^>]*>", "", (folder / "out.html").read_text(encoding="utf-8")))
+    assert code == 0
+    for shown in (CONTEXT, QUESTION, out.rstrip("\n")):
+        assert shown in text
 
 
 def test_a_plan_survives_the_way_through_a_file(cli, folder):

@@ -11,15 +11,25 @@ from cocktail.cli.output import report, stream
 from runtime.errors import CocktailError
 
 if TYPE_CHECKING:
-    from cocktail import Document, Model
+    from cocktail import Answer, Document, Model, Plan
 
 Turn = Callable[[str], int]  # answers one text and returns the exit code
 
 
 def questioning(document: Document, options: argparse.Namespace, settings: dict[str, Any]) -> Turn:
     """Each text is a question about the document. settings: of Document.ask."""
-    return lambda text: report(stream(
-        lambda progress: document.ask(text, progress=progress, **settings), options), options)
+    asked: dict[str, Answer | Plan] = {}
+
+    def turn(text: str) -> int:
+        answer = stream(lambda progress: document.ask(text, progress=progress, **settings), options)
+        if options.report is not None:
+            from cocktail.report import write
+
+            asked[text] = answer
+            write(options.report, document, asked)
+        return report(answer, options)
+
+    return turn
 
 
 def completing(model: Model, options: argparse.Namespace, settings: dict[str, Any]) -> Turn:

@@ -15,7 +15,7 @@ from runtime.errors import BackendError, PlanError, PromptError
 POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
                   "no_search", "no_reorder", "bits", "residual", "formats", "calibration")
 CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
-DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan")
+DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan", "report")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 # For --help and completion, which import nothing heavy; the tests hold them to what exists.
@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     report = p.add_argument_group("report (stderr)")
     report.add_argument("--stats", choices=("table", "json", "none"), default="table",
                         help="summary after the answer; json is one line, the last of stderr (default: table)")
+    report.add_argument("--report", metavar="FILE",
+                        help="with --context: write an HTML page of what each chunk keeps; all questions of a loop")
     conventions = p.add_conventions(quiet="no progress bar and no table")
     conventions.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=Completion,
                              command="cocktail", words={"policy": POLICIES, "scorer": SCORERS, "formats": FORMATS},
@@ -129,6 +131,8 @@ def check(options: argparse.Namespace) -> None:
         raise BackendError("--no-graph is about CUDA graphs; it does not go with --backend cpu")
     if options.plan_out is not None:
         check_output(options.plan_out, "--plan-out")
+    if options.report is not None:
+        check_output(options.report, "--report")
 
 
 def check_output(path: str, option: str) -> None:
