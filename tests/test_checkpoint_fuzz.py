@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from test_checkpoint import HostBackend, Stored, assert_holds, pack, tiny_config, tiny_tensors, write, write_folder
+from checkpoint_files import HostBackend, Stored, assert_holds, pack, tiny_config, tiny_tensors, write, write_folder
 
 from runtime.checkpoint import FILES, Checkpoint
 from runtime.errors import CheckpointError

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_files import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import tiny_config
 from transformers import LlamaConfig, MistralConfig
 
 from runtime.config import ModelConfig, RopeConfig
