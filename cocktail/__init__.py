@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cocktail.document import Comparison, Document, plan_stats
     from cocktail.model import Model, load
     from cocktail.policies import Policy, load_policy
+    from cocktail.saved import open_document
     from cocktail.scorers import Scorer, load_scorer
     from runtime.errors import (
         BackendError,
@@ -43,6 +44,7 @@ _HOMES = {
     "cocktail.document": ("Comparison", "Document", "plan_stats"),
     "cocktail.model": ("Model", "load"),
     "cocktail.policies": ("Policy", "load_policy"),
+    "cocktail.saved": ("open_document",),
     "cocktail.scorers": ("Scorer", "load_scorer"),
     "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "DocumentError", "OutOfMemory", "PlanError",
                        "PromptError", "ScorerError", "TokenizerError"),
@@ -50,7 +52,7 @@ _HOMES = {
     "runtime.sampler": ("SamplingParams",),
 }
 __all__ = [  # noqa: RUF022 (the order of the API page)
-    "load", "Model", "Document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
+    "load", "Model", "Document", "open_document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
     "Plan", "Layout", "DocumentShape", "Tier", "plan_stats", "Policy", "load_policy", "Scorer", "load_scorer",
     "CocktailError", "CheckpointError", "TokenizerError", "BackendError", "OutOfMemory", "PromptError", "PlanError",
     "ScorerError", "DocumentError",

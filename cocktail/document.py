@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -26,7 +27,7 @@ from cocktail.scorers.attention import AttentionScorer, query_rows
 from runtime.chat import PromptParts, split_prompt
 from runtime.engine import PendingPlan, Planned, Reading, keep, read
 from runtime.errors import DocumentError, PlanError, PromptError
-from runtime.master import Place, SharedMaster, is_keepable
+from runtime.master import Master, Place, SharedMaster, is_keepable
 from runtime.plan import HIDDEN, DocumentShape, Plan
 from runtime.sampler import SamplingParams
 
@@ -65,6 +66,7 @@ class Document:
         if not context:
             raise PromptError("the context is empty; give a document or use generate")
         self.model = model
+        self.context = context
         self.chunk = chunk
         self.system = system
         parts = split_prompt(model.tokenizer, model.template, context, "", system)
@@ -89,6 +91,19 @@ class Document:
                                 "read it with keep=True")
         check_positions(self.model.config, len(self._master.ids), None)
         keep(self.model.engine, self._master, _prefill_report(progress))
+
+    def save(self, path: str | Path, progress: ProgressReport | None = None) -> int:
+        """Write the text and the exact K and V to a file that `cocktail.open_document` maps; returns its bytes.
+
+        The document is read first where it is not yet. Raises as `prefill`, and DocumentError where the file cannot be
+        written; nothing is left behind then, and a file of that name stays as it was.
+        """
+        from cocktail.saved import save_document
+
+        self.prefill(progress)
+        if self._master is None or (full := self._master.full) is None:
+            raise DocumentError("another reading of this document is paused midway; save it once that has ended")
+        return save_document(self, full.values, path)
 
     def close(self) -> None:
         """Give back what is kept, file or memory. The document can still be asked; it is then read again."""
@@ -277,8 +292,15 @@ class Document:
         if not is_keepable(config):
             raise DocumentError("this model's positions are scaled by the length of the whole prompt (dynamic NTK), so "
                                 "the document's K changes with every question; read it with keep=False")
-        place: Place = keep if isinstance(keep, str) else "file" if backend.name == "cpu" else "memory"
-        return SharedMaster(backend, config, (*self.prefix_ids, *self.context_ids), place)
+        return SharedMaster(backend, config, (*self.prefix_ids, *self.context_ids), self._place(keep))
+
+    def _place(self, keep: Keep) -> Place:
+        return keep if isinstance(keep, str) else "file" if self.model.backend.name == "cpu" else "memory"
+
+    def _adopt(self, ids: tuple[int, ...], prefix: int, full: Master) -> None:
+        """For open_document. The prefix is the file's: a template may put today's date there."""
+        self.prefix_ids = ids[:prefix]
+        self._master = SharedMaster(self.model.backend, self.model.config, ids, self._place(True), full)
 
     def _last_text(self) -> str:
         return self.model.tokenizer.decode(self.context_ids[-64:])

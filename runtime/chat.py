@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,10 @@ class ChatTemplate:
     """A checkpoint's chat template, with the names that Hugging Face's templates expect."""
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
-        """`tokens`: bos_token, eos_token and so on. Raises TokenizerError if the template does not parse."""
+        """`tokens`: bos_token, eos_token and so on. Raises TokenizerError if the template does not parse.
+
+        digest: 16 hex digits of both.
+        """
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
@@ -49,6 +53,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         self._tokens = {"bos_token": "", "eos_token": ""} | dict(tokens or {})
         self._template = _guard(lambda: environment.from_string(source))
+        self.digest = hashlib.sha256(json.dumps([source, self._tokens]).encode()).hexdigest()[:16]
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Files) -> ChatTemplate | None:

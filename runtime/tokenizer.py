@@ -7,6 +7,7 @@ with U+FFFD for invalid sequences. A stream therefore yields exactly what decode
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,14 +33,16 @@ class Tokenizer:
     """A tokenizer without hidden behaviour: encode() never adds BOS or EOS, decode() never tidies spaces."""
 
     def __init__(
-        self, model: _Model, settings: Mapping[str, Any], bos_id: int | None, eos_ids: tuple[int, ...]
+        self, model: _Model, settings: Mapping[str, Any], bos_id: int | None, eos_ids: tuple[int, ...], digest: str
     ) -> None:
+        """digest: 16 hex digits of the file that it was read from."""
         flag = settings.get("add_bos_token")
         self._model = model
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.adds_bos: bool = bos_id is not None and (flag if isinstance(flag, bool) else model.starts_with(bos_id))
         self.vocab_size = model.vocab_size
+        self.digest = digest
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Files) -> Tokenizer:
@@ -59,7 +62,7 @@ class Tokenizer:
         eos += _as_list(model.token_id(names["eos"]) if names["eos"] else None)
         if not all(isinstance(i, int) for i in [*eos, *_as_list(bos_id)]):
             raise TokenizerError(f"bos_token_id {bos_id!r} and eos_token_id {eos!r} must be token ids")
-        return cls(model, settings, bos_id, tuple(dict.fromkeys(eos)))
+        return cls(model, settings, bos_id, tuple(dict.fromkeys(eos)), hashlib.sha256(data).hexdigest()[:16])
 
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """Ids of `text`; no BOS or EOS is added.

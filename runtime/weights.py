@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from runtime.backend import Array, Backend, Matrix
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint import Checkpoint, Tensor
+
+_HASHED = 1024  # values of every tensor: a page that loading touches anyway, and fine-tunes differ in it
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,18 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """The whole model. `nbytes` counts matrices and vectors as the backend holds them, a tied head once."""
+    """The whole model. `nbytes` counts matrices and vectors as the backend holds them, a tied head once.
+
+    digest: 16 hex digits of every tensor's name, dtype, shape and first page, the same on every backend and however the
+    checkpoint is cut into files; "" for weights that come from none.
+    """
 
     embed: Matrix  # (V, E)
     layers: tuple[LayerWeights, ...]  # L
     norm: Array  # (E,)
     head: Matrix  # (V, E); the same object as embed when tied
     nbytes: int
+    digest: str = ""
 
 
 def load_weights(checkpoint: Checkpoint, backend: Backend) -> Weights:
@@ -69,7 +77,7 @@ def load_weights(checkpoint: Checkpoint, backend: Backend) -> Weights:
     norm = reader.vector("model.norm.weight", E)
     head = embed if config.tie_embeddings else reader.matrix("lm_head.weight", V, E)
     checkpoint.finish()
-    return Weights(embed, layers, norm, head, reader.nbytes)
+    return Weights(embed, layers, norm, head, reader.nbytes, reader.hash.hexdigest()[:16])
 
 
 class _Reader:
@@ -78,16 +86,23 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
         self.checkpoint, self.backend = checkpoint, backend
         self.nbytes = 0
+        self.hash = hashlib.sha256()
 
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
-        tensor = self.checkpoint.read(name, (rows, columns))
+        tensor = self._read(name, (rows, columns))
         self.nbytes += tensor.data.nbytes
         return self.backend.matrix(tensor.data, tensor.dtype)
 
     def vector(self, name: str, size: int) -> Array:
-        tensor = self.checkpoint.read(name, (size,))
+        tensor = self._read(name, (size,))
         self.nbytes += 4 * size  # float32 on every backend
         return self.backend.vector(tensor.data, tensor.dtype)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.checkpoint.read(name, shape)
+        self.hash.update(f"{name} {tensor.dtype} {shape}".encode())
+        self.hash.update(tensor.data.reshape(-1)[:_HASHED].tobytes())
+        return tensor
 
     def linear(self, name: str, rows: int, columns: int, bias: bool) -> tuple[Matrix, Array | None]:
         return (self.matrix(name + ".weight", rows, columns),
