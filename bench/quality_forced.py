@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,14 +36,13 @@ def force(reading: Reading, answer: Sequence[int], cache: int) -> npt.NDArray[np
     rows = _Rows.of(target, reading.model, answer[:-1])
     buffers = StepBuffers.allocate(reading.model.config, backend, len(rows.token))
     logits = backend.empty((len(rows.token), reading.first_logits.shape[1]), np.float32)
-    decode_step(reading.model, cast(Cache, rows), reading.rope, buffers, logits)
+    decode_step(reading.model, rows, reading.rope, buffers, logits)
     return np.concatenate([reading.first_logits, backend.download(logits)])
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The part of a Cache that decode_step reads, for T tokens of one sequence: token, position, slot (T,) int32,
-    state (T, STATE_SIZE); bound: T times the sequence's own."""
+    """runtime.model.StepRows for T tokens of one sequence: k, v are its tail's; bound: T times the sequence's own."""
 
     token: Array
     position: Array
@@ -52,6 +51,7 @@ class _Rows:
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     bound: tuple[Any, ...]
+    staged: bool = False
 
     @classmethod
     def of(cls, cache: Cache, model: Model, ids: Sequence[int]) -> _Rows:

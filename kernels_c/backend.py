@@ -32,6 +32,7 @@ class CpuBackend(CacheOps):
     name = "cpu"
     prefill_tile = 512
     asynchronous = False
+    max_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.isa = choose_isa(isa)
@@ -88,6 +89,9 @@ class CpuBackend(CacheOps):
         if free is not None and nbytes > free:
             raise MemoryError(f"the KV cache needs {nbytes:,} bytes, but {free:,} are free; lower --kv-bits")
         return allocate((nbytes,), U8)
+
+    def free_bytes(self) -> int | None:
+        return available_bytes()
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The step itself: on the CPU a call costs next to nothing."""

@@ -17,8 +17,7 @@ from kernels_c.arrays import F16, F32, I32, NULL, Buffer, allocate, check, point
 from kernels_c.errors import KernelError
 from kernels_c.isa import ffi, lib, operation
 
-_OPERATIONS = ("pack", "decode_attention")
-_STATE = (8,)
+_OPERATIONS = ("pack", "append", "decode_attention")
 _NO_WINDOW = 2**31 - 1
 _WIDTHS = {"rotated": (2, 3, 4, 8), "kivi": (2, 3, 4, 8), "atom": (4,), "kvquant": (2, 3, 4)}  # besides 16
 _PRE_ROPE = ("atom", "kvquant")  # store K as it was before RoPE
@@ -27,12 +26,16 @@ _VECTOR = 16  # lanes of the widest vectors
 
 
 class Bound:
-    """One layer's cache as decode attention reads it; keeps the arena and the records alive."""
+    """One layer's cache as decode attention reads it, or those of a batch; keeps the arenas and the records alive."""
 
-    __slots__ = ("_alive", "out_shape", "q_shape", "record")
+    __slots__ = ("_alive", "caches", "out_shape", "q_shape", "records", "shape", "state_shape")
 
-    def __init__(self, record: Any, heads: int, head_dim: int, alive: tuple[Any, ...]) -> None:
-        self.record, self.q_shape, self.out_shape = record, (1, heads, head_dim), (1, heads * head_dim)
+    def __init__(self, records: Sequence[Any], shape: tuple[int, int, int], alive: Any, batch: bool = False) -> None:
+        """records: `cache *` of each sequence; shape: H, G, D; batch: whether state is (B, 8) rather than (8,)."""
+        B, (H, _, D) = len(records), shape
+        self.records, self.shape, self.caches = tuple(records), shape, ffi.new("cache *[]", list(records))
+        self.q_shape, self.out_shape = (B, H, D), (B, H * D)
+        self.state_shape = (B, lib.STATE_SIZE) if batch else (lib.STATE_SIZE,)
         self._alive = alive
 
 
@@ -42,7 +45,7 @@ class CacheOps:
     isa: str
 
     def __init__(self) -> None:
-        self._pack, self._decode_attention = (operation(name, self.isa) for name in _OPERATIONS)
+        self._pack, self._append, self._decode_attention = (operation(name, self.isa) for name in _OPERATIONS)
 
     def kernels(self) -> dict[str, str]:
         return {name: f"{name}_{self.isa}" for name in _OPERATIONS}
@@ -114,31 +117,38 @@ class CacheOps:
             "tail_positions": ffi.cast("int32_t *", _address(arena, "tail positions", tail.positions, positions)),
             "H": heads, "G": kv_heads, "D": head_dim, "C": chunk, "window": _NO_WINDOW if window is None else window,
         })  # fmt: skip
-        return Bound(record, heads, head_dim, (arena, records, last, formats, alive))
+        return Bound([record], (heads, kv_heads, head_dim), (arena, records, last, formats, alive))
 
-    def bind_batch(self, bounds: Sequence[Bound]) -> tuple[Bound, ...]:
-        """One layer of several sequences for one call of decode_attention, which takes them in turn."""
-        return tuple(bounds)
+    def bind_batch(self, bounds: Sequence[Bound]) -> Bound:
+        """One layer of several sequences for one call of append and decode_attention, a task per sequence and head."""
+        shapes = {bound.shape for bound in bounds}
+        if len(shapes) != 1:
+            raise KernelError(f"bind_batch takes sequences of one model, but got {len(bounds)} of query heads, KV "
+                              f"heads and head_dim {sorted(shapes)}")  # fmt: skip
+        return Bound([record for bound in bounds for record in bound.records], shapes.pop(), tuple(bounds), batch=True)
 
-    def decode_attention(self, q: Buffer, bound: Bound | tuple[Bound, ...], state: Buffer, out: Buffer) -> None:
+    def append(self, k: Buffer, v: Buffer, bound: Bound, state: Buffer) -> None:
+        """Row b of k, v (G, B, D) f16 goes to the tail of the batch's b-th sequence, slot state[b, 1]."""
+        (B, _, D), G = bound.q_shape, bound.shape[1]
+        rows = pointer("k", k, (G, B, D), F16), pointer("v", v, (G, B, D), F16)
+        check(self._append(*rows, bound.caches, pointer("state", state, bound.state_shape, I32), B), "append")
+
+    def decode_attention(self, q: Buffer, bound: Bound, state: Buffer, out: Buffer) -> None:
         """One token's attention over all spans and the tail with one running softmax; out (1, H*D) f32.
 
         q (1, H, D) f32; state int32 (8,), as runtime.backend has it: tail slots 0..slot and the keys at positions
         above position - window are visible. With a batch of B bounds q, state and out have B rows.
         """
-        if isinstance(bound, tuple):
-            if not len(q) == len(bound) == len(state) == len(out):
-                raise KernelError(f"decode_attention: q, state and out have {len(q)}, {len(state)} and {len(out)} rows "
-                                  f"for a batch of {len(bound)}")  # fmt: skip
-            for b, one in enumerate(bound):
-                row, out_row = (array[b : b + 1].view(Buffer) for array in (q, out))
-                self.decode_attention(row, one, state[b].view(Buffer), out_row)
-            return
+        B = len(bound.records)
+        if B > 1 and not len(q) == len(state) == len(out) == B:
+            raise KernelError(f"decode_attention: q, state and out have {len(q)}, {len(state)} and {len(out)} rows "
+                              f"for a batch of {B}")  # fmt: skip
         status = self._decode_attention(
             pointer("q", q, bound.q_shape, F32),
-            bound.record,
-            pointer("state", state, _STATE, I32),
+            bound.caches,
+            pointer("state", state, bound.state_shape, I32),
             pointer("out", out, bound.out_shape, F32),
+            B,
         )
         check(status, "decode_attention")
 

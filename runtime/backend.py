@@ -113,6 +113,7 @@ class Backend(Protocol):
     name: str
     prefill_tile: int  # tokens of one prefill step: large enough to keep the device busy
     asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
+    max_batch: int  # sequences of one decode step, each bit for bit as it is alone; 1: they take turns
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
@@ -145,6 +146,9 @@ class Backend(Protocol):
     def arena(self, nbytes: int) -> Array:
         """One allocation of uint8, 64-byte aligned; raises OutOfMemory with needed and free bytes."""
 
+    def free_bytes(self) -> int | None:
+        """What can still be allocated; None where that is not known."""
+
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None, flushed: Span | None = None, data: FormatData | None = None) -> Any:
         """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel).
@@ -154,7 +158,7 @@ class Backend(Protocol):
         """
 
     def bind_batch(self, bounds: Sequence[Any]) -> Any:
-        """One layer of several sequences, each bound before, for one call of decode_attention.
+        """One layer of several sequences, each bound before, for one call of append and one of decode_attention.
 
         What a sequence gets does not depend on who shares the batch, to the last bit.
         """
@@ -226,6 +230,10 @@ class Backend(Protocol):
 
     def copy_tail(self, k: Array, v: Array, rows: npt.NDArray[np.int32], arena: Array, tail: Tail, slot: int) -> None:
         """Copy rows (m,) of k, v (G, S, D) f16 to tail slots slot..slot+m-1 and write their positions (= rows)."""
+
+    def append(self, k: Array, v: Array, bound: Any, state: Array) -> None:
+        """Row b of k, v (G, B, D) f16 goes to slot state[b, STATE_SLOT] of the tail of a batch's b-th sequence; state
+        (B, STATE_SIZE). Only where max_batch is more than 1."""
 
     def decode_attention(self, q: Array, bound: Any, state: Array, out: Array) -> None:
         """One token's attention over all spans and the tail with one running softmax. q (1, H, D) f32, out (1, H*D).

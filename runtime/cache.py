@@ -36,6 +36,8 @@ class Cache:
     token: int32 (1,) views of the state that a decode step reads. All keep their addresses.
     """
 
+    staged = False  # a decode step writes K and V straight into the tail
+
     def __init__(self, backend: Backend, config: ModelConfig, layout: Layout,
                  data: Sequence[FormatData | None] | None = None):
         self.layout = layout

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -123,16 +124,37 @@ def _tiles(begin: int, n: int, tile: int) -> list[tuple[int, int]]:
     return list(zip([begin, *ends[:-1]], ends, strict=True))
 
 
-def decode_step(model: Model, cache: Cache, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:
-    """One token: cache.state says which, where and at what position; logits (1, V) predict the next one.
+class StepRows(Protocol):
+    """What a decode step reads of T tokens: one token of a Cache, or one of each sequence of a runtime.batch.Batch.
+
+    token, position, slot: int32 (T,); state: int32 (STATE_SIZE,), of a batch (T, STATE_SIZE). k, v: per layer, where
+    the tokens' K and V go, FP16 (G, S, D), token t to slot[t]; staged: from there they go on, each to the tail of its
+    own sequence. bound: per layer, from Backend.bind or bind_batch.
+    """
+
+    token: Array
+    position: Array
+    slot: Array
+    state: Array
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    bound: tuple[Any, ...]
+    staged: bool
+
+
+def decode_step(model: Model, rows: StepRows, rope: tuple[Array, Array], buffers: StepBuffers, logits: Array) -> None:
+    """T tokens, each the last of its sequence; logits (T, V) predict the next ones. rope: row = position.
 
     Touches only buffers that were allocated before, so that a backend may capture it once. Does not advance the state.
     """
     config, backend = model.config, model.backend
-    backend.embed(cache.token, model.weights.embed, buffers.x)
+    backend.embed(rows.token, model.weights.embed, buffers.x)
     for layer in range(config.n_layers):
-        _project(model, layer, buffers.x, rope, cache.position, cache.slot, buffers.q, cache.k[layer], cache.v[layer])
-        backend.decode_attention(buffers.q, cache.bound[layer], cache.state, buffers.attended)
+        k, v, bound = rows.k[layer], rows.v[layer], rows.bound[layer]
+        _project(model, layer, buffers.x, rope, rows.position, rows.slot, buffers.q, k, v)
+        if rows.staged:
+            backend.append(k, v, bound, rows.state)
+        backend.decode_attention(buffers.q, bound, rows.state, buffers.attended)
         _finish_layer(model, layer, buffers.x, buffers.attended, buffers.hidden)
     backend.logits(buffers.x, model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
 

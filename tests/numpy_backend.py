@@ -21,6 +21,7 @@ class NumpyBackend:
     name: str = "numpy"
     prefill_tile: int = 512
     asynchronous: bool = False
+    max_batch: int = 16
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 
     def kernels(self):
@@ -58,6 +59,9 @@ class NumpyBackend:
     def arena(self, nbytes):
         return np.full(nbytes, 0xA5, np.uint8)
 
+    def free_bytes(self):
+        return None
+
     def captured(self, step):
         return step
 
@@ -74,6 +78,9 @@ class NumpyBackend:
         v = arena[tail.v : tail.v + size].view(half).reshape(kv_heads, tail.capacity, head_dim)
         positions = arena[tail.positions : tail.positions + 4 * tail.capacity].view(np.int32)
         return arena, spans, k, v, positions, chunk, window, tail.head, flushed
+
+    def bind_batch(self, bounds):
+        return list(bounds)
 
     def embed(self, ids, table, out):
         out[:] = table[ids]
@@ -134,7 +141,15 @@ class NumpyBackend:
             view = arena[offset : offset + 2 * int(np.prod(shape))].view(np.float16).reshape(shape)
             view[:, slot : slot + len(rows)] = x[:, rows]
 
+    def append(self, k, v, bound, state):
+        for b, (_, _, tail_k, tail_v, *_) in enumerate(bound):
+            tail_k[:, state[b, STATE_SLOT]], tail_v[:, state[b, STATE_SLOT]] = k[:, b], v[:, b]
+
     def decode_attention(self, q, bound, state, out):
+        if isinstance(bound, list):
+            for b, one in enumerate(bound):
+                self.decode_attention(q[b : b + 1], one, state[b], out[b : b + 1])
+            return
         arena, spans, tail_k, tail_v, tail_positions, chunk, window, head, room = bound
         gone = state[STATE_FLUSHED] * chunk
         visible = np.r_[0 : min(head, state[STATE_SLOT] + 1), head + gone : state[STATE_SLOT] + 1]

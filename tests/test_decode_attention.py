@@ -13,7 +13,7 @@ from strategies import Case, cases, cells, count, dense_cases, several
 
 from kernels_c import CpuBackend, KernelError, available_isas
 from runtime.arena import ArenaLayout
-from runtime.backend import STATE_FLUSHED, STATE_SIZE, FormatData, Tail
+from runtime.backend import STATE_FLUSHED, STATE_SIZE, STATE_SLOT, FormatData, Tail
 from runtime.formats import FAMILIES
 from runtime.plan import FP16, HIDDEN, Layout, Tier
 
@@ -188,6 +188,28 @@ def test_a_batch_equals_its_sequences_alone(backend: CpuBackend) -> None:
     assert out.tobytes() == np.stack(alone).tobytes()
     with pytest.raises(KernelError, match="2, 5 and 5 rows for a batch of 5"):
         backend.decode_attention(q[:2], bound, states, out)
+
+
+@on_every_isa
+def test_append_writes_one_slot_of_every_tail(backend: CpuBackend) -> None:
+    batch = [Stored(plain_case(suffix=suffix), backend, None) for suffix in (9, 40, 23)]
+    states, before = np.stack([stored.state for stored in batch]), [stored.arena.copy() for stored in batch]
+    states[:, STATE_SLOT] -= [0, 3, 8]  # as good as any other slot
+    G, D = batch[0].k.shape[0], batch[0].k.shape[2]
+    k, v = np.random.default_rng(0).standard_normal((2, G, 3, D)).astype(np.float16)
+    bound = backend.bind_batch([stored.bound for stored in batch])
+    backend.append(k, v, bound, states)
+    for b, (stored, expected) in enumerate(zip(batch, before, strict=True)):
+        for rows, offset in ((k, stored.tail.k), (v, stored.tail.v)):
+            shape = G, stored.tail.capacity, D
+            tail = expected[offset : offset + 2 * int(np.prod(shape))].view(np.float16).reshape(shape)
+            tail[:, states[b, STATE_SLOT]] = rows[:, b]
+        assert stored.arena.tobytes() == expected.tobytes()
+    states[1, STATE_SLOT] = batch[1].tail.capacity
+    with pytest.raises(KernelError, match="append: an id, position or slot lies outside"):
+        backend.append(k, v, bound, states)
+    with pytest.raises(KernelError, match="one model"):
+        backend.bind_batch([batch[0].bound, Stored(plain_case(n_kv_heads=1), backend, None).bound])
 
 
 @on_every_isa

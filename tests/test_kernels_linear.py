@@ -211,6 +211,31 @@ def test_threads_change_no_bit(isa, T):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(T=st.integers(2, CpuBackend.max_batch), K=sizes, N=sizes, dtype=dtypes, bias=st.booleans(),
+       seed=st.integers(0, 2**32 - 1))
+def test_who_shares_a_batch_changes_no_bit(isa, T, K, N, dtype, bias, seed):
+    """Every row of up to max_batch gets what it gets alone, in every mode of the product, signs of zero included."""
+    rng, backend = np.random.default_rng(seed), BACKENDS[isa]
+    gate, up = (backend.matrix(unaligned(stored(rng, (N, K), dtype)[0]), dtype) for _ in range(2))
+    x, norm, added = hostile(rng, (T, K)), rng.standard_normal(K).astype(np.float32), hostile(rng, (T, N))
+    b = rng.standard_normal(N).astype(np.float32) if bias else None
+
+    def run(rows):
+        outs = [Guarded((len(x[rows]), N), fill=added[rows]), *(Guarded((len(x[rows]), N)) for _ in range(2))]
+        backend.linear_add(x[rows], gate, b, outs[0].array)
+        backend.gate_up(x[rows], norm, 1e-5, gate, up, b, b, outs[1].array)
+        backend.logits(x[rows], norm, 1e-5, up, outs[2].array)
+        for out in outs:
+            out.check()
+        return [out.array for out in outs]
+
+    together, alone = run(slice(0, T)), [run(slice(t, t + 1)) for t in range(T)]
+    for mode, rows in enumerate(together):
+        assert rows.tobytes() == b"".join(single[mode].tobytes() for single in alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_deep_products_accumulate_across_blocks(isa):
     """More inputs than one block of packed weights holds (BLOCK_DEPTH), in every mode."""
     rng, backend, K, N, T = np.random.default_rng(0), BACKENDS[isa], 2500, 70, 20

@@ -1,6 +1,6 @@
 /* Every operation. build.py declares each once per instruction set (FN(embed) -> embed_avx2) to cffi; each isa_*.c
  * includes this file, so that a definition which differs does not compile. Shapes are in runtime/backend.py; letters:
- * T tokens, E hidden, H query heads, G KV heads, D head_dim, S slots, V vocabulary. Python has checked everything. */
+ * B sequences, T tokens, E hidden, H query heads, G KV heads, D head_dim, S slots, V vocabulary. Python has checked everything. */
 
 int FN(embed)(const int32_t *ids, const matrix *table, float *out, int64_t T);
 int FN(linear_add)(const float *h, const matrix *weight, const float *bias, float *x, int64_t T);
@@ -30,4 +30,5 @@ int FN(sample)(const float *logits, int64_t V, float temperature, int64_t top_k,
 
 int FN(pack)(const uint16_t *k, const uint16_t *v, const span *to, const int32_t *starts, const int32_t *positions,
              const format_data *data, int64_t S, int64_t G, int64_t D, int64_t C);
-int FN(decode_attention)(const float *q, const cache *c, const int32_t *state, float *out);
+int FN(append)(const uint16_t *k, const uint16_t *v, const cache *const *caches, const int32_t *state, int64_t B);
+int FN(decode_attention)(const float *q, const cache *const *caches, const int32_t *state, float *out, int64_t B);

@@ -72,6 +72,9 @@ typedef struct {
     int64_t window; /* INT32_MAX where there is none */
 } cache;
 
+/* int32 of a sequence's decode state (runtime.backend.STATE_*). */
+enum { STATE_SIZE = 8 };
+
 /* 0 scalar, 1 AVX2, 2 AVX-512: the widest that this processor and its operating system support. */
 int cpu_isa(void);
 

@@ -238,7 +238,7 @@ static int attend_span(attention *a, const span *s, int64_t n, int64_t oldest) {
 
 typedef struct {
     const float *q;
-    const cache *cache;
+    const cache *const *caches; /* (B,): row b of q, state and out belongs to the b-th */
     const int32_t *state;
     float *out;
     _Atomic int status;
@@ -246,12 +246,16 @@ typedef struct {
 
 INLINE bool is_rotated(const span *s) { return s && (s->k.family == ROTATED || s->v.family == ROTATED); }
 
-/* KV head g. */
-static void attend_head(void *ctx, int64_t g) {
+/* KV head i % G of sequence i / G. */
+static void attend_head(void *ctx, int64_t i) {
     decoding *x = ctx;
-    const cache *c = x->cache;
+    int64_t b = i / x->caches[0]->G, g = i % x->caches[0]->G;
+    const cache *c = x->caches[b];
+    const int32_t *state = x->state + b * STATE_SIZE;
+    const float *q_HD = x->q + b * c->H * c->D;
+    float *out_HD = x->out + b * c->H * c->D;
     int64_t D = c->D, P = round_up(D), T = round_up(MAX(c->C, TAIL_BLOCK)), group = c->H / c->G;
-    int64_t position = x->state[0], visible = x->state[1] + 1, flushed = x->state[4], head = MIN(c->head, visible);
+    int64_t position = state[0], visible = state[1] + 1, flushed = state[4], head = MIN(c->head, visible);
     int64_t oldest = position - c->window + 1;
     bool rotates = is_rotated(c->flushed);
     for (int64_t s = 0; s < c->n_spans; s++) rotates |= is_rotated(c->spans + s);
@@ -270,7 +274,7 @@ static void attend_head(void *ctx, int64_t g) {
         a.decoded = a.weights + n * T, a.padded = (uint8_t *)(a.decoded + T * P);
         memset(work, 0, 4 * 5 * n * P);
         for (int64_t m = 0; m < a.n; m++) {
-            const float *q = x->q + (g * group + h + m) * D;
+            const float *q = q_HD + (g * group + h + m) * D;
             for (int64_t d = 0; d < D; d++) a.q[m * P + d] = q[d] * scale;
             a.max[m] = -INFINITY;
         }
@@ -285,7 +289,7 @@ static void attend_head(void *ctx, int64_t g) {
         if (status) x->status = BAD_INDEX;
         attend_tail(&a, c, g, head + flushed * c->C, visible, oldest);
         for (int64_t m = 0; m < a.n; m++) {
-            float *out = x->out + (g * group + h + m) * D, *rotated = a.rotated + m * P;
+            float *out = out_HD + (g * group + h + m) * D, *rotated = a.rotated + m * P;
             float sum = a.sum[m] + vf_sum(a.sums[m]);
             if (rotates) hadamard(rotated, P, rotation_block(D));
             for (int64_t d = 0; d < D; d++)
@@ -294,12 +298,15 @@ static void attend_head(void *ctx, int64_t g) {
     }
 }
 
-int FN(decode_attention)(const float *q, const cache *c, const int32_t *state, float *out) {
-    int64_t slot = state[1], flushed = state[4];
-    if (slot < 0 || slot >= c->capacity) return BAD_INDEX;
-    if (flushed < 0 || flushed > (c->flushed ? c->flushed->n : 0)) return BAD_INDEX;
-    if (flushed && c->head + flushed * c->C > slot + 1) return BAD_INDEX;
-    decoding x = {q, c, state, out, OK};
-    pool_run(attend_head, &x, c->G);
+int FN(decode_attention)(const float *q, const cache *const *caches, const int32_t *state, float *out, int64_t B) {
+    for (int64_t b = 0; b < B; b++) {
+        const cache *c = caches[b];
+        int64_t slot = state[b * STATE_SIZE + 1], flushed = state[b * STATE_SIZE + 4];
+        if (slot < 0 || slot >= c->capacity) return BAD_INDEX;
+        if (flushed < 0 || flushed > (c->flushed ? c->flushed->n : 0)) return BAD_INDEX;
+        if (flushed && c->head + flushed * c->C > slot + 1) return BAD_INDEX;
+    }
+    decoding x = {q, caches, state, out, OK};
+    pool_run(attend_head, &x, B * caches[0]->G);
     return x.status;
 }

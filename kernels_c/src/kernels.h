@@ -21,4 +21,5 @@
 #include "kv.h"
 #include "coded.h"
 #include "decoded.h"
+#include "append.h"
 #include "decode.h"

@@ -1,10 +1,11 @@
 /* Linear layers: out = or += x @ weight.T + bias, or gelu of it, or silu(gate) * up, reading each weight once per call.
  *
- * Up to GEMV_ROWS rows take dot products along the weights' rows (bound by memory); more take a blocked product:
- * x is packed once per call into panels of MR rows, each task packs a block of weights, converted to float32, into
+ * Up to GEMV_ROWS rows take dot products along the weights' rows: what a row gets does not depend on how many share the
+ * call, to the last bit, so that sequences may decode together. More take a blocked product: x is packed once per call into panels of MR rows, each task packs a block of weights, converted to float32, into
  * panels of NR columns, and `micro` multiplies panel by panel. A task owns whole outputs, so threads change nothing. */
 
-#define GEMV_ROWS 8
+#define GEMV_ROWS 16
+#define GEMV_BLOCK (VL / 4)   /* rows of weights that meet four rows of x at a time */
 #define GEMV_TASK_BYTES 65536 /* of weights */
 #define AHEAD_BYTES 8192      /* two pages: hardware prefetchers stop at each page's end; 5 to 10% faster */
 #define BLOCK_COLUMNS 64      /* outputs of a task; with silu half are gate's and half are up's */
@@ -51,9 +52,10 @@ INLINE vf gelu(vf x) {
     return vf_select(x > 0, x - outside, outside);
 }
 
+enum { UNROLL = 4 }; /* chains of additions of a dot product */
+
 /* y[t] = x[t] . row for t < T, T a constant. */
 INLINE void dots(const void *row, const float *x, int64_t K, const int T, const int dtype, float *y) {
-    enum { UNROLL = 4 };
     const int64_t size = dtype == F32 ? 4 : 2;
     vf acc[4][UNROLL] = {0};
     int64_t i = 0;
@@ -78,6 +80,44 @@ INLINE void dots_typed(const void *row, const float *x, int64_t K, const int T, 
     else dots(row, x, K, T, F32, y);
 }
 
+/* acc[r * 4 + t] += rows[r][i..] * x[t][i..], a vector of each. */
+INLINE void block_step(const char *rows, const float *x, int64_t K, int64_t i, const int dtype, vf *acc) {
+    const int64_t size = dtype == F32 ? 4 : 2;
+    vf w[GEMV_BLOCK];
+    for (int r = 0; r < GEMV_BLOCK; r++) w[r] = vf_weights(rows + r * K * size, i, dtype);
+    for (int t = 0; t < 4; t++) {
+        vf column = vf_load(x + t * K + i);
+        for (int r = 0; r < GEMV_BLOCK; r++) acc[r * 4 + t] = vf_fma(w[r], column, acc[r * 4 + t]);
+    }
+}
+
+/* y[r * 4 + t] = x[t] . row r for r < GEMV_BLOCK and t < 4: the additions of `dots` in their order. Its chains run one
+ * after another here, so that the registers hold a chain of every product and a load serves four of them. */
+INLINE void block_dots(const char *rows, const float *x, int64_t K, const int dtype, float *y) {
+    const int64_t size = dtype == F32 ? 4 : 2, step = UNROLL * VL, whole = K / step * step, end = K / VL * VL;
+    vf pairs[2][VL];
+    for (int u = 0; u < UNROLL; u++) {
+        vf acc[VL] = {0};
+        for (int64_t i = u * VL; i < whole; i += step) block_step(rows, x, K, i, dtype, acc);
+        for (int64_t i = u ? end : whole; i < end; i += VL) block_step(rows, x, K, i, dtype, acc);
+        for (int j = 0; j < VL; j++) pairs[u / 2][j] = u % 2 ? pairs[u / 2][j] + acc[j] : acc[j];
+    }
+    vf sums[VL];
+    for (int j = 0; j < VL; j++) sums[j] = pairs[0][j] + pairs[1][j];
+    transpose(sums); /* [lane][product]: the sums of all products are taken together */
+    for (int width = VL / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) sums[j] += sums[j + width]; /* the tree of vf_sum */
+    vf_store(y, sums[0]);
+    for (int64_t i = end; i < K; i++)
+        for (int j = 0; j < VL; j++) y[j] += weight(rows + j / 4 * K * size, i, dtype) * x[j % 4 * K + i];
+}
+
+INLINE void block_dots_typed(const void *rows, const float *x, int64_t K, int dtype, float *y) {
+    if (dtype == F16) block_dots(rows, x, K, F16, y);
+    else if (dtype == BF16) block_dots(rows, x, K, BF16, y);
+    else block_dots(rows, x, K, F32, y);
+}
+
 INLINE void finish(const linear *job, float *out, int64_t n, float value, float up) {
     if (job->bias) value += job->bias[n];
     if (job->up_bias) up += job->up_bias[n];
@@ -100,9 +140,30 @@ INLINE void gemv_rows(const linear_call *call, const linear *job, int64_t t, con
     }
 }
 
+/* The same for four rows, of weights that are in the cache. */
+static void gemv_four_rows(const linear_call *call, const linear *job, int64_t t, int64_t first, int64_t last) {
+    const float *x = call->x + t * call->K;
+    int64_t n = first, N = job->weight->rows;
+    for (; n + GEMV_BLOCK <= last; n += GEMV_BLOCK) {
+        float y[VL], up[VL];
+        block_dots_typed(matrix_row(job->weight, n), x, call->K, job->weight->dtype, y);
+        if (job->mode != SILU_MUL) {
+            for (int j = 0; j < VL; j++) finish(job, job->out + (t + j % 4) * N + n + j / 4, n + j / 4, y[j], 0);
+            continue;
+        }
+        block_dots_typed(matrix_row(job->up, n), x, call->K, job->up->dtype, up);
+        for (int j = 0; job->bias && j < VL; j++) y[j] += job->bias[n + j / 4];
+        for (int j = 0; job->up_bias && j < VL; j++) up[j] += job->up_bias[n + j / 4];
+        vf_store(y, silu_mul(vf_load(y), vf_load(up)));
+        for (int j = 0; j < VL; j++) job->out[(t + j % 4) * N + n + j / 4] = y[j];
+    }
+    gemv_rows(call, job, t, 4, n, last);
+}
+
 static void gemv_block(linear_call *call, const linear *job, int64_t first, int64_t last) {
     int64_t t = 0;
-    for (; t + 4 <= call->T; t += 4) gemv_rows(call, job, t, 4, first, last);
+    if (call->T >= 4) gemv_rows(call, job, t, 4, first, last), t = 4; /* streams the task's weights, row by row */
+    for (; t + 4 <= call->T; t += 4) gemv_four_rows(call, job, t, first, last);
     for (; t + 2 <= call->T; t += 2) gemv_rows(call, job, t, 2, first, last);
     for (; t < call->T; t++) gemv_rows(call, job, t, 1, first, last);
 }
