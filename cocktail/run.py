@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # Heavy imports (numpy, cocktail.load, rich) wait until the arguments are known to be good: --help must be instant.
 from cocktail.cli.entry import run_command
 from cocktail.cli.inputs import cache_options, check_document, check_model, read_text, sampling_options
-from cocktail.cli.loop import ask_in_turn, chatting, completing, questioning
+from cocktail.cli.loop import chat_on_terminal, complete, question
 from cocktail.cli.options import check, parser
 from cocktail.cli.output import survive_any_text
 
@@ -40,17 +40,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.max_tokens is not None:
         common["max_tokens"] = options.max_tokens
 
-    if context is not None:
-        chunk = {} if options.chunk is None else {"chunk": options.chunk}
-        once = {} if query is None else {"keep": False}  # for one question it would only cost a copy
-        document = model.read(context, system=options.system, **chunk, **once)
-        check_document(options, document)
-        turn = questioning(document, options, cache | common)
-    elif query is None:
-        turn = chatting(model, options, common)
-    else:
-        turn = completing(model, options, common)
-    return ask_in_turn(turn) if query is None else turn(query)
+    if query is None:
+        return chat_on_terminal(model, options, context, cache, common)
+    if context is None:
+        return complete(model, options, query, common)
+    chunk = {} if options.chunk is None else {"chunk": options.chunk}
+    document = model.read(context, system=options.system, keep=False, **chunk)  # a copy is for further questions
+    check_document(options, document)
+    return question(document, options, query, cache | common)
 
 
 if __name__ == "__main__":

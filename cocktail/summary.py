@@ -41,6 +41,14 @@ def table(answer: Answer) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in rows)
 
 
+def line(answer: Answer) -> str:
+    """The same in one line, for a chat."""
+    s = answer.stats
+    cache = f"; {s.context_bits_per_value:.2f} bits per value" if sum(s.chunks.values()) else ""
+    rate = f", then {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
+    return f"[{s.prompt_tokens} + {s.generated_tokens} tokens; {_seconds(s.ttft_s)} to the first{rate}{cache}]"
+
+
 def json_line(answer: Answer) -> str:
     """Every statistic and the finish reason as one line of JSON."""
     return json.dumps(answer.stats.to_dict() | {"finish_reason": answer.finish_reason}, allow_nan=False)

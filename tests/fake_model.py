@@ -58,6 +58,10 @@ class FakeModel:
     """Stands in for Model and Document and keeps the calls."""
 
     pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
+    backend: Any = field(default_factory=lambda: SimpleNamespace(name="cpu"))
+    context_ids: tuple[int, ...] = tuple(range(100))
+    n_chunks: int = 3
+    chunk: int = 32
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     template: str = "a chat template"
     chunk, n_chunks = 32, 3  # of the document
@@ -73,6 +77,9 @@ class FakeModel:
     def read(self, *args: Any, **options: Any) -> FakeModel:
         self.calls.append(("read", args, options))
         return self
+
+    def shape(self, query: str) -> None:
+        """Any document fits."""
 
     def ask(self, *args: Any, **options: Any) -> FakeStream:
         self.calls.append(("ask", args, options))

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ASK = ["model", "--context", "doc.txt", "--query", "Who?"]
+PROMPT = "\x1b[?2004h"  # the editor is ready: what is pasted from now on comes marked as such
 SCRIPT = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -31,6 +32,9 @@ sys.exit(run.main(sys.argv[1:]))
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody here would say where the cursor is
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     Path("model").write_bytes(b"")
     Path("doc.txt").write_text("The pan was mended by Odo Farrant.\n", encoding="utf-8")
     return tmp_path
@@ -45,8 +49,8 @@ def command(files: Path, arguments: list[str], setup: str = "") -> list[str]:
 def in_terminal(line: list[str], *steps: tuple[str, str | signal.Signals]) -> tuple[str, int]:
     """Runs on a pseudo-terminal; once the next expected text is shown, types a text or sends a signal.
 
-    Returns all that was shown and the exit code. Expect "> " before typing: what comes earlier may be lost between the
-    terminal's modes.
+    Returns all that was shown and the exit code. Expect PROMPT before typing: what comes earlier may be lost between
+    the terminal's modes.
     """
     pid, terminal = pty.fork()
     if pid == 0:
@@ -73,12 +77,57 @@ def in_terminal(line: list[str], *steps: tuple[str, str | signal.Signals]) -> tu
     return shown, code
 
 
-def test_chat_loop_keeps_its_history_and_leaves_on_end_of_file(files):
-    setup = "model.generate = lambda messages, **_: fake_model.FakeStream([f'[{len(messages)} messages]'])"
-    shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
-                              ("> ", "hello\n"), ("[1 messages]\r\n> ", "again\n"), ("[3 messages]\r\n> ", "\x04"))
+COUNT = "model.generate = lambda messages, **_: fake_model.FakeStream([f'[{len(messages)} messages]'])"
+REPEAT = "model.generate = lambda messages, **_: fake_model.FakeStream([repr(messages[-1]['content'])])"
+
+
+def test_chat_keeps_its_turns_and_leaves_on_end_of_file(files):
+    shown, code = in_terminal(command(files, ["model", "--quiet"], COUNT), (PROMPT, "hello\r"), ("[1 messages]", ""),
+                              (PROMPT, "again\r"), ("[3 messages]", ""), (PROMPT, "\x04"))
     assert code == 0
-    assert "[3 messages]" in shown
+    assert "/help" not in shown
+
+
+@pytest.mark.parametrize("typed", ["one\x1b\rtwo\r", "one\\\rtwo\r", "\x1b[200~one\ntwo\x1b[201~\r"],
+                         ids=["alt-enter", "backslash", "pasted"])
+def test_a_text_of_two_lines_is_one_message(files, typed):
+    _, code = in_terminal(command(files, ["model", "--quiet"], REPEAT), (PROMPT, typed), ("'one\\ntwo'", ""),
+                          (PROMPT, "/quit\r"))
+    assert code == 0
+
+
+def test_the_arrow_keys_bring_back_what_an_earlier_chat_was_told(files):
+    line = command(files, ["model", "--quiet"], REPEAT)
+    in_terminal(line, (PROMPT, "first\r"), ("'first'", ""), (PROMPT, "\x04"))
+    history = files / "state/cocktail/history"
+    assert history.stat().st_mode & 0o077 == 0
+    in_terminal([*line, "--no-history"], (PROMPT, "secret\r"), ("'secret'", ""), (PROMPT, "\x1b[A again\r"),
+                ("'secret again'", ""), (PROMPT, "\x04"))
+    assert "secret" not in history.read_text()
+    in_terminal(line, (PROMPT, "\x1b[A, again\r"), ("'first, again'", ""), (PROMPT, "\x04"))
+
+
+def test_a_history_that_cannot_be_kept_is_a_warning(files):
+    Path("state").write_text("in the way")
+    shown, code = in_terminal(command(files, ["model", "--quiet"], REPEAT), (PROMPT, "hello\r"), ("'hello'", ""),
+                              (PROMPT, "\x04"))
+    assert code == 0
+    assert "warning: " in shown
+    assert "is not kept for later chats" in shown
+
+
+def test_tab_completes_commands_files_and_policies(files):
+    _, code = in_terminal(command(files, ["model"]), ("/help lists", ""),
+                          (PROMPT, "/cont\t"), ("ext", " d\t"), ("oc.txt", "\r"), ("alone", ""),
+                          (PROMPT, "/pol\t"), ("icy", " uni\t"), ("form", " tier=K4V2\r"),
+                          ("policy uniform tier=K4V2", ""), (PROMPT, "/quit\r"))
+    assert code == 0
+
+
+def test_control_c_at_the_prompt_drops_the_line(files):
+    _, code = in_terminal(command(files, ["model", "--quiet"], REPEAT), (PROMPT, "wrong\x03"), ("leaves", ""),
+                          (PROMPT, "right\r"), ("'right'", ""), (PROMPT, "\x04"))
+    assert code == 0
 
 
 def test_control_c_stops_a_chat_answer_but_not_the_program(files):
@@ -94,18 +143,19 @@ def generate(messages, **_):
 model.generate = generate
 """
     shown, code = in_terminal(command(files, ["model", "--quiet"], setup),
-                              ("> ", "hello\n"), ("[1 messages]", signal.SIGINT), ("> ", "again\n"),
-                              ("[3 messages]\r\n> ", "\x04"))
+                              (PROMPT, "hello\r"), ("[1 messages]", signal.SIGINT), (PROMPT, "again\r"),
+                              ("[3 messages]", ""), (PROMPT, "\x04"))
     assert code == 0
-    assert "[3 messages]" in shown
+    assert "leaves" not in shown
 
 
 def test_a_document_without_a_query_is_asked_in_a_loop(files):
     setup = "model.ask = lambda text, **_: fake_model.FakeStream([text.upper()])"
     shown, code = in_terminal(command(files, ["model", "--context", "doc.txt", "--quiet"], setup),
-                              ("> ", "first\n"), ("FIRST\r\n> ", "second\n"), ("SECOND\r\n> ", "\x04"))
+                              (PROMPT, "first\r"), ("FIRST", ""), (PROMPT, "second\r"), ("SECOND", ""),
+                              (PROMPT, "\x04"))
     assert code == 0
-    assert "SECOND" in shown
+    assert "error" not in shown
 
 
 def test_progress_bar_on_a_terminal(files):

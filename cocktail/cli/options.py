@@ -24,14 +24,14 @@ SCORERS = ("bm25", "attention", "hybrid", "llm-embedder", "endpoint", "library",
 FORMATS = ("rotated", "kivi", "kvquant", "atom")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every option; None is what was not given."""
-    p = Parser(
+def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
+    """Every option; None is what was not given. kind: what becomes of errors."""
+    p = kind(
         prog="python -m cocktail.run",
         usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT] [options]",
         description="Answer from a long document whose KV cache keeps each chunk at the precision its relevance earns.",
         epilog="Without --context, --query is completed (in the model's chat template where it has one). Without "
-               "--query, a terminal gets a loop: Ctrl-C stops an answer, Ctrl-D leaves.")
+               "--query, a terminal gets a loop: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     p.add_argument("model", metavar="MODEL", help=".safetensors file, .index.json of a sharded one, or folder")
 
     prompt = p.add_argument_group("prompt")
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
                         "(default: a loop on a terminal)")
     prompt.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
     prompt.add_argument("--raw", action="store_true", help="plain completion of --query, no chat template")
+    prompt.add_argument("--no-history", action="store_true", help="forget what was typed in the loop when it ends")
 
     cache = p.add_argument_group("cache (with --context)")
     cache.add_argument("--policy", metavar="NAME", help=f"{', '.join(POLICIES)} (default: budget)")
@@ -100,8 +101,9 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--no-graph", action="store_true", help="CUDA: launch every kernel of a step by itself")
 
     report = p.add_argument_group("report (stderr)")
-    report.add_argument("--stats", choices=("table", "json", "none"), default="table",
-                        help="summary after the answer; json is one line, the last of stderr (default: table)")
+    report.add_argument("--stats", choices=("table", "json", "none"),
+                        help="summary after the answer; json is one line, the last of stderr (default: table; in the "
+                        "loop a line)")
     report.add_argument("--report", metavar="FILE",
                         help="with --context: write an HTML page of what each chunk keeps; all questions of a loop")
     conventions = p.add_conventions(quiet="no progress bar and no table")
@@ -123,6 +125,8 @@ def check(options: argparse.Namespace) -> None:
         raise PromptError("stdin can be read once; only one of --context, --query and --plan-in can be -")
     if options.query is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise PromptError("there is no --query, and without a terminal there is no loop to ask for one")
+    if options.query is not None and options.no_history:
+        raise PromptError("--no-history is about what is typed in the loop; with --query there is none")
     if options.query is not None and options.context is None and not options.query.strip():
         raise PromptError("--query is empty and there is no --context; give one of them")
     if "" in options.stop:

@@ -49,7 +49,9 @@ def report(answer: Answer, options: argparse.Namespace) -> int:
         show_plan(answer.plan, sys.stderr)
     if options.stats == "json":
         print(summary.json_line(answer), file=sys.stderr)
-    elif options.stats == "table" and not options.quiet:
+    elif options.stats == "line" and not options.quiet:
+        print(summary.line(answer), file=sys.stderr)
+    elif options.stats in (None, "table") and not options.quiet:
         print(f"\n{summary.table(answer)}", file=sys.stderr)
     return INTERRUPTED if answer.finish_reason == "interrupted" else 0
 
