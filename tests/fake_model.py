@@ -81,6 +81,9 @@ class FakeModel:
     def shape(self, query: str) -> None:
         """Any document fits."""
 
+    def close(self) -> None:
+        self.calls.append(("close", (), {}))
+
     def ask(self, *args: Any, **options: Any) -> FakeStream:
         self.calls.append(("ask", args, options))
         options["progress"]("prefill", 1, 2)

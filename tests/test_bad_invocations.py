@@ -116,6 +116,7 @@ BAD = [
     (["short.safetensors", "--query", "Hi", "--max-tokens", "500"], "500 are to be generated", "lower max_tokens"),
     ([MODEL, "--raw"], "--raw completes --query alone"),
     ([*ASK, "--raw"], "--raw completes --query alone"),
+    ([*ASK, "--no-history"], "--no-history is about what is typed in the loop"),
     (["plain.safetensors", "--query", "Hi", "--system", "Be brief."], "--system: this model has no chat template"),
     # policy, budget, scorer
     ([MODEL, "--query", "Hi", "--kv-bits", "3"], "--kv-bits shapes the cache of a document; give one with --context"),

@@ -93,6 +93,7 @@ def test_a_document_answers_every_question_by_itself(model, capsys):
     chat.handle("Who?")
     assert model.calls[-1][:2] == ("ask", ("Who?",))
     chat.handle("/reset")
+    assert model.calls[-1][0] == "close"
     chat.handle("Hello again")
     assert messages(model) == [("user", "Hello again")]
 
@@ -163,7 +164,7 @@ def test_another_system_message_begins_anew(model, capsys):
     assert messages(model) == [("system", "Be   brief."), ("user", "Hello")]
     chat.handle("/context my doc.txt")
     chat.handle("/system")
-    assert model.calls[-1] == ("read", ("The pan was mended by Odo Farrant.\n",), {"system": None})
+    assert model.calls[-2:] == [("read", (Path("my doc.txt").read_text(),), {"system": None}), ("close", (), {})]
 
 
 def test_plan_and_stats_are_those_of_the_last_answer(model, capsys):

@@ -61,8 +61,7 @@ class Chat:
         return True
 
     def read(self, context: str) -> None:
-        """Makes this text the document. Raises PromptError where it exceeds the model's positions, PlanError where it is
-        too short for the sink."""
+        """Makes this text the document. Raises PromptError and PlanError where it does not fit model and options."""
         chunk = {} if self.options.chunk is None else {"chunk": self.options.chunk}
         document = self.model.read(context, system=self.options.system, **chunk)
         document.shape("")

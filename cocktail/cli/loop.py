@@ -44,6 +44,6 @@ def chat_on_terminal(model: Model, options: argparse.Namespace, context: str | N
             chat.read(context)
         if not options.quiet:
             about = f" {options.context}: {chat.document.n_chunks} chunks." if chat.document is not None else ""
-            print(f"{Path(options.model).name} on {model.backend.name}.{about} /help lists the commands, Ctrl-D leaves.",
-                  file=sys.stderr)
+            name = Path(options.model).name
+            print(f"{name} on {model.backend.name}.{about} /help lists commands, Ctrl-D leaves.", file=sys.stderr)
         return converse(chat, line_editor(None if options.no_history else history_file()))
