@@ -63,6 +63,10 @@ def messages(model: FakeModel) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in prompt]
 
 
+def refuse(query: str) -> None:
+    raise PromptError("the prompt has 9000 tokens")
+
+
 def test_turns_are_one_conversation_under_the_system_message(model):
     chat = start(model, "--system", "Be brief.")
     for text in ("Hello", " /not a command"):
@@ -144,16 +148,21 @@ def test_attention_goes_with_no_policy_that_needs_scores_first(model):
     assert chat.cache["policy"].name == "budget"
 
 
-def test_a_document_that_is_too_long_is_not_taken(model):
+def test_a_document_that_is_too_long_is_not_taken(model, monkeypatch):
     chat = start(model)
-
-    def shape(query: str) -> None:
-        raise PromptError("the prompt has 9000 tokens")
-
-    model.shape = shape
+    monkeypatch.setattr(model, "shape", refuse)
     with pytest.raises(PromptError):
         chat.handle("/context my doc.txt")
     assert (chat.document, chat.options.context) == (None, None)
+
+
+def test_a_system_message_that_no_longer_fits_is_not_taken(model, monkeypatch):
+    chat = start(model, "--context", "my doc.txt", "--system", "Be brief.")
+    document = chat.document
+    monkeypatch.setattr(model, "shape", refuse)
+    with pytest.raises(PromptError):
+        chat.handle("/system Be long.")
+    assert (chat.document, chat.options.system) == (document, "Be brief.")
 
 
 def test_another_system_message_begins_anew(model, capsys):
@@ -175,6 +184,22 @@ def test_plan_and_stats_are_those_of_the_last_answer(model, capsys):
     assert "policy budget, scorer bm25: 3 chunks" in capsys.readouterr().err
     chat.handle("/stats")
     assert "cpu: decode_avx2" in capsys.readouterr().err
+
+
+def test_the_report_is_of_every_question_about_the_document(model, monkeypatch, capsys):
+    import cocktail.report
+
+    written = []
+    monkeypatch.setattr(cocktail.report, "write", lambda path, document, asked: written.append((str(path), list(asked))))
+    chat = start(model, "--context", "my doc.txt")
+    with pytest.raises(PromptError, match="nothing has been asked"):
+        chat.handle("/report")
+    for text in ("Who?", "When?", "/report", "/context my doc.txt", "Where?", "/report out.html"):
+        chat.handle(text)
+    assert written == [("report.html", ["Who?", "When?"]), ("out.html", ["Where?"])]
+    written.clear()
+    start(model, "--context", "my doc.txt", "--report", "page.html").handle("Who?")
+    assert written == [("page.html", ["Who?"])]
 
 
 def test_help_names_every_command(model, capsys):

@@ -16,7 +16,7 @@ from cocktail.cli.arguments import Parser
 from cocktail.cli.inputs import cache_options, check_document, read_text
 from cocktail.cli.options import CACHE_OPTIONS, POLICY_OPTIONS, flag, given, parser
 from cocktail.cli.output import report, stream
-from runtime.errors import PlanError, PromptError
+from runtime.errors import CocktailError, PlanError, PromptError
 
 if TYPE_CHECKING:
     from cocktail import Answer, Document, Model, Plan
@@ -79,7 +79,7 @@ class Chat:
                                self.options)
             self.asked[text] = self.last
             if self.options.report is not None:
-                self._write_report(self.options.report)
+                self._write_report(document, self.options.report)
         else:
             system = [] if self.options.system is None else [{"role": "system", "content": self.options.system}]
             asked = {"role": "user", "content": text}
@@ -158,17 +158,26 @@ class Chat:
 
         _say(table(self._answered()))
 
-    def _write_report(self, path: str) -> None:
-        from cocktail.report import write
-
+    def _show_report(self, name: str) -> None:
         if self.document is None or not self.asked:
             raise PromptError("nothing has been asked about a document yet")
-        write(Path(path or "report.html").expanduser(), self.document, self.asked)
+        self._write_report(self.document, name or "report.html")
+        _say(f"written to {name or 'report.html'}: {len(self.asked)} questions")
+
+    def _write_report(self, document: Document, name: str) -> None:
+        from cocktail.report import write
+
+        write(Path(name).expanduser(), document, self.asked)
 
     def _set_system(self, text: str) -> None:
+        before = self.options.system
         self.options.system = text or None
-        if self.document is not None:
-            self.read(self._context)
+        try:
+            if self.document is not None:
+                self.read(self._context)
+        except CocktailError:
+            self.options.system = before
+            raise
         self.turns = []
         _say(("this" if text else "the model's own") + " system message from now on; the conversation begins anew")
 
@@ -198,7 +207,7 @@ COMMANDS = {
     "scorer": Command("NAME", "what ranks the chunks", Chat._choose_scorer),
     "plan": Command("", "which chunk kept how many bits in the last answer", Chat._show_plan),
     "stats": Command("", "what the last answer took", Chat._show_stats),
-    "report": Command("FILE", "write a page of every question about the document (report.html)", Chat._write_report),
+    "report": Command("FILE", "write a page of every question about the document (report.html)", Chat._show_report),
     "system": Command("TEXT", "the system message; without TEXT, the model's own again", Chat._set_system),
     "reset": Command("", "forget the conversation and the document", Chat._reset),
     "quit": Command("", "leave", lambda chat, _: None),
