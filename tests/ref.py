@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.backend import FormatData, Span
+from runtime.backend import FormatData
 from runtime.formats import (
     EncodedK,
     EncodedV,
     Kind,
     atom,
-    block_bytes,
     encode_k,
     encode_v,
     kivi,
@@ -201,30 +200,6 @@ def _spread_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 # The CPU's physical layout (kernels_c/src/pack.h). Regions of an arena are uint8; every function returns copies.
 
-def read_k(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedK:
-    """The quantized K of a span: codes (G, N, C, D) and the metadata as runtime.formats has them."""
-    codes_bytes, meta_bytes, _ = block_bytes("K", span.k_bits, chunk, head_dim)
-    words = read_blocks(arena, span.k_codes, span.k_codes_stride, kv_heads, span.n, codes_bytes)
-    meta = read_blocks(arena, span.k_meta, span.k_meta_stride, kv_heads, span.n, meta_bytes)
-    return EncodedK(span.k_bits, read_codes(words, chunk, head_dim, span.k_bits), meta[..., :head_dim],
-                    meta[..., head_dim : 2 * head_dim].view(np.int8), _from_bf16(meta[..., 2 * head_dim :]))
-
-
-def read_v(arena: Array, span: Span, kv_heads: int, head_dim: int, chunk: int) -> EncodedV:
-    """The quantized V of a span: codes (G, N, C, D), scales (G, N, C)."""
-    codes_bytes, meta_bytes, _ = block_bytes("V", span.v_bits, chunk, head_dim)
-    words = read_blocks(arena, span.v_codes, span.v_codes_stride, kv_heads, span.n, codes_bytes)
-    meta = read_blocks(arena, span.v_meta, span.v_meta_stride, kv_heads, span.n, meta_bytes)
-    codes = read_codes(words, head_dim, chunk, span.v_bits).swapaxes(-1, -2)
-    return EncodedV(span.v_bits, np.ascontiguousarray(codes), _from_bf16(meta))
-
-
-def read_half(arena: Array, offset: int, stride: int, kv_heads: int, n: int, chunk: int, head_dim: int) -> Array:
-    """16-bit blocks: float16 (G, N, C, D)."""
-    blocks = read_blocks(arena, offset, stride, kv_heads, n, 2 * chunk * head_dim)
-    return blocks.view(np.float16).reshape(kv_heads, n, chunk, head_dim)
-
-
 def read_blocks(arena: Array, offset: int, stride: int, kv_heads: int, n: int, nbytes: int) -> Array:
     """(G, N, nbytes) uint8."""
     heads = [np.asarray(arena)[offset + g * stride :][: n * nbytes].reshape(n, nbytes) for g in range(kv_heads)]
@@ -238,8 +213,3 @@ def read_codes(words: Array, streams: int, length: int, bits: int) -> Array:
     assert not stream[..., length * bits :].any(), "bits behind the last code are not zero"
     stream = stream[..., : length * bits].reshape(*stream.shape[:-1], length, bits)
     return (stream << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-
-
-def _from_bf16(raw: Array) -> Array:
-    bits = np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << 16
-    return bits.view(np.float32)

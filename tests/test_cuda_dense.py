@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from dense_ref import drawn, hostile, norm64, stored
+from dense_ref import EPS, Qkv, drawn, hostile, norm64, stored
 from hypothesis import strategies as st
 from mass_ref import mass_arrays, mass_cases, mass_reference
 from strategies import count, seeds, spread
@@ -31,7 +31,6 @@ EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "64"))  # of prefill attentio
 OTHERS = min(EXAMPLES, int(os.environ.get("COCKTAIL_CUDA_EXAMPLES", "64")))
 LARGE = os.environ.get("COCKTAIL_LARGE", "1") != "0"  # 0 for compute-sanitizer: no matrix and no prompt of real size
 pytestmark = pytest.mark.usefixtures("compiled")
-EPS = 2.0**-24  # float32's unit roundoff
 ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # of one activation on its way to the tensor cores
 GUARD = 64
 
@@ -133,40 +132,11 @@ def test_gate_up(T, E, I, dtype, bias, seed):  # noqa: E741
 def test_qkv(T, E, G, group, D, dtype, bias, scale, seed):
     if T > 1 and scale > 1:
         scale = 1.0  # the normed activations themselves would leave FP16
-    rng, H = np.random.default_rng(seed), G * group
-    (mq, wq), (mk, wk), (mv, wv) = (weights(rng, (n * D, E), dtype) for n in (H, G, G))
-    x, norm = hostile(rng, (T, E)), (rng.standard_normal(E) * scale).astype(np.float32)
-    biases = [rng.standard_normal(n * D).astype(np.float32) if bias else None for n in (H, G, G)]
-    P, S = T + 9, T + 5
-    angles = rng.uniform(-3, 3, (P, D // 2))
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    positions, slots = (rng.permutation(n)[:T].astype(np.int32) for n in (P, S))
-    q, k, v = Guarded((T, H, D)), Guarded((G, S, D), np.float16), Guarded((G, S, D), np.float16)
-    BACKEND.qkv(up(x), up(norm), 1e-5, mq, mk, mv, *map(up, biases), up(cos), up(sin), up(positions), up(slots),
-                q.array, k.array, v.array)
-
-    n = norm64(x, norm, 1e-5)
-    c, s = (np.tile(table[positions].astype(np.float64), 2)[:, None] for table in (cos, sin))
-
-    def project(w, b):
-        y = n @ w.T + (0 if b is None else b)
-        error = 2 * dot_bound(n, w.T, dtype) + 4 * EPS * np.abs(y)
-        return y.reshape(T, -1, D), error.reshape(T, -1, D)
-
-    def turn(y, error):
-        half = np.concatenate([-y[..., D // 2 :], y[..., : D // 2]], -1)
-        half_error = np.concatenate([error[..., D // 2 :], error[..., : D // 2]], -1)
-        return y * c + half * s, error + half_error + 4 * EPS * (np.abs(y) + np.abs(half))
-
-    expected, bound = turn(*project(wq, biases[0]))
-    assert (np.abs(q.check() - expected) <= bound).all()
-    for cache, (expected, bound) in ((k, turn(*project(wk, biases[1]))), (v, project(wv, biases[2]))):
-        got = cache.check()
-        unwritten = np.setdiff1d(np.arange(S), slots)
-        assert np.isnan(got[:, unwritten]).all(), "wrote a slot that is not in slots"
-        expected = np.clip(expected, -65504, 65504).swapaxes(0, 1)
-        rounding = np.maximum(2.0**-11 * (np.abs(expected) + bound.swapaxes(0, 1)), 2.0**-25)  # FP16, subnormals
-        assert (np.abs(got[:, slots] - expected) <= bound.swapaxes(0, 1) + rounding).all()
+    case = Qkv(np.random.default_rng(seed), T, E, G, group, D, dtype, bias, scale)
+    q, k, v = case.outputs(Guarded)
+    BACKEND.qkv(up(case.x), up(case.norm), 1e-5, *(BACKEND.matrix(data, dtype) for data, _ in case.parts),
+                *map(up, (*case.biases, case.cos, case.sin, case.positions, case.slots)), q.array, k.array, v.array)
+    case.check(q.check(), k.check(), v.check(), lambda a, b: dot_bound(a, b, dtype))
 
 
 @st.composite

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from dense_ref import hostile, norm64, stored
+from dense_ref import EPS, Qkv, hostile, norm64, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_c import CpuBackend, KernelError, available_isas
 
-EPS = 2.0**-24  # float32's unit roundoff
 ISAS = available_isas()
 BACKENDS = {isa: CpuBackend(threads=1, isa=isa) for isa in ISAS}
 GUARD = 64  # elements of canary on either side of an output
@@ -106,40 +105,11 @@ def test_gate_up(isa, T, E, I, gate, up, bias, seed):  # noqa: E741
     seed=st.integers(0, 2**32 - 1),
 )
 def test_qkv(isa, T, E, G, group, D, dtype, bias, scale, seed):
-    rng, backend, H = np.random.default_rng(seed), BACKENDS[isa], G * group
-    (q_data, wq), (k_data, wk), (v_data, wv) = (stored(rng, (n * D, E), dtype) for n in (H, G, G))
-    x, norm = hostile(rng, (T, E)), (rng.standard_normal(E) * scale).astype(np.float32)
-    biases = [rng.standard_normal(n * D).astype(np.float32) if bias else None for n in (H, G, G)]
-    P, S = T + 9, T + 5
-    angles = rng.uniform(-3, 3, (P, D // 2))
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    positions, slots = (rng.permutation(n)[:T].astype(np.int32) for n in (P, S))
-    q, k, v = Guarded((T, H, D)), Guarded((G, S, D), np.float16), Guarded((G, S, D), np.float16)
-    weights = (backend.matrix(data, dtype) for data in (q_data, k_data, v_data))
-    backend.qkv(x, norm, 1e-5, *weights, *biases, cos, sin, positions, slots, q.array, k.array, v.array)
-
-    n = norm64(x, norm, 1e-5)
-    c, s = (np.tile(table[positions].astype(np.float64), 2)[:, None] for table in (cos, sin))
-
-    def project(w, b):
-        y = n @ w.T + (0 if b is None else b)
-        error = 2 * dot_bound(E, n, w.T) + 4 * EPS * np.abs(y)
-        return y.reshape(T, -1, D), error.reshape(T, -1, D)
-
-    def turn(y, error):
-        half = np.concatenate([-y[..., D // 2 :], y[..., : D // 2]], -1)
-        half_error = np.concatenate([error[..., D // 2 :], error[..., : D // 2]], -1)
-        return y * c + half * s, error + half_error + 4 * EPS * (np.abs(y) + np.abs(half))
-
-    expected, bound = turn(*project(wq, biases[0]))
-    assert (np.abs(q.check() - expected) <= bound).all()
-    for cache, (expected, bound) in ((k, turn(*project(wk, biases[1]))), (v, project(wv, biases[2]))):
-        got = cache.check()
-        unwritten = np.setdiff1d(np.arange(S), slots)
-        assert np.isnan(got[:, unwritten]).all(), "wrote a slot that is not in slots"
-        expected = np.clip(expected, -65504, 65504).swapaxes(0, 1)
-        rounding = np.maximum(2.0**-11 * (np.abs(expected) + bound.swapaxes(0, 1)), 2.0**-25)  # FP16, subnormals
-        assert (np.abs(got[:, slots] - expected) <= bound.swapaxes(0, 1) + rounding).all()
+    case, backend = Qkv(np.random.default_rng(seed), T, E, G, group, D, dtype, bias, scale), BACKENDS[isa]
+    q, k, v = case.outputs(Guarded)
+    backend.qkv(case.x, case.norm, 1e-5, *(backend.matrix(data, dtype) for data, _ in case.parts), *case.biases,
+                case.cos, case.sin, case.positions, case.slots, q.array, k.array, v.array)
+    case.check(q.check(), k.check(), v.check(), lambda a, b: dot_bound(E, a, b))
 
 
 @pytest.mark.parametrize("isa", ISAS)

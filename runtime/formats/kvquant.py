@@ -30,7 +30,6 @@ F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
 
 WIDTHS = (2, 3, 4)
-N_LEVELS = sum(2**bits for bits in WIDTHS)
 LARGEST = np.float32(65504)
 _HALF = np.float32(0.5)
 
