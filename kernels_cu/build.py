@@ -153,6 +153,12 @@ def usage(spec: Spec, architecture: int) -> Usage:
     return Usage(registers, stack, stores, loads, int(shared[1]) if shared else 0)
 
 
+def nvrtc_version() -> tuple[int, int]:
+    """Of the run-time compiler; ToolkitMissing where it cannot be loaded. Needs no GPU."""
+    major, minor = _nvrtc().getVersion()
+    return int(major), int(minor)
+
+
 @cache
 def import_cupy() -> Any:
     """CuPy, or CupyMissing."""

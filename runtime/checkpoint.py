@@ -87,6 +87,12 @@ class Checkpoint:
         files = sorted(set(owner.values()), key=lambda file: file.path.name)
         self.digest = hashlib.blake2b(config + b"".join(file.digest for file in files), digest_size=8).hexdigest()
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as they are stored."""
+        entries = (file.entries[name] for name, file in self._owner.items())
+        return sum(entry.end - entry.begin for entry in entries)
+
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._owner)

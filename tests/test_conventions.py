@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cocktail import answer, calibrate, run, tune
+from cocktail import answer, calibrate, doctor, run, tune
 from cocktail.cli import options
 from cocktail.cli.entry import run_command
 from cocktail.document import Document
@@ -25,7 +25,8 @@ from runtime.sampler import SamplingParams
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"run": options.parser, "tune": tune.parser, "calibrate": calibrate.parser}
+COMMANDS = {"run": options.parser, "tune": tune.parser, "calibrate": calibrate.parser,
+            "doctor": doctor.parser}
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -1,0 +1,100 @@
+"""Does a model fit this machine: its weights, and the cache of a context at several widths, against free memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cocktail.policies import load_policy
+from runtime.arena import ArenaLayout
+from runtime.checkpoint import Checkpoint
+from runtime.config import ModelConfig
+from runtime.diagnosis import Finding
+from runtime.errors import CocktailError
+from runtime.plan import DocumentShape
+from runtime.tokenizer import Tokenizer
+
+AREA = "model"
+CONTEXTS = (4096, 32768)  # tokens; and the model's own limit
+CHUNK, PREFIX, SUFFIX, MAX_NEW = 32, 32, 64, 256  # a chat header, a question, an answer of usual sizes
+TILE = 2048  # tokens of a prefill step, at most
+WIDTHS = {  # most bytes first
+    "FP16": ("fp16", {}), "K8V8": ("uniform", {"tier": "K8V8"}), "K4V4": ("uniform", {"tier": "K4V4"}),
+    "budget": ("budget", {}),
+}
+
+
+def fit(path: str | Path, context_tokens: int | None, machine: Sequence[Finding]) -> Iterator[Finding]:
+    """machine: of runtime.diagnosis.diagnose, for what is free and how fast it is read, on the CPU and on a GPU.
+
+    context_tokens: the one to look at; None for several.
+    """
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            config, weights = checkpoint.config, checkpoint.nbytes
+            yield Finding(AREA, "checkpoint", "pass", f"{config.architecture}, {config.n_layers} layers, "
+                          f"{config.n_heads} query and {config.n_kv_heads} KV heads of {config.head_dim}, "
+                          f"{config.max_positions:,} positions, {_size(weights)} of weights")
+            tokenizer = Tokenizer.from_checkpoint(checkpoint)
+            yield Finding(AREA, "tokenizer", "pass", f"{tokenizer.vocab_size:,} ids")
+    except CocktailError as error:
+        yield Finding(AREA, str(path), "fail", " ".join(str(error).split()), "see the message; `python -m converters` "
+                      "converts GGUF, Mistral, Meta and torch checkpoints")
+        return
+    room = config.max_positions - PREFIX - SUFFIX - MAX_NEW
+    if context_tokens is not None and context_tokens > room:
+        yield Finding(AREA, f"{context_tokens:,} tokens", "fail", f"the model has {config.max_positions:,} positions; "
+                      f"a question and {MAX_NEW} tokens of answer leave {room:,}", "shorten the context, or take a "
+                      "model with more positions")
+        return
+    contexts = [context_tokens] if context_tokens is not None else [n for n in CONTEXTS if n < room] + [room]
+    for backend in ("cpu", "cuda"):
+        values = {finding.subject: finding.value for finding in machine if finding.area == backend}
+        free = values.get("memory")
+        if free is not None:
+            for context in contexts:
+                yield _fit(backend, config, weights, context, free, values.get("memory rate"))
+
+
+def cache_bytes(config: ModelConfig, context_tokens: int) -> dict[str, int]:
+    """Bytes of the whole cache at each of WIDTHS, exactly as it would be allocated."""
+    shape = DocumentShape(n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, chunk=CHUNK,
+                          n_chunks=context_tokens // CHUNK, prefix=PREFIX, remainder=context_tokens % CHUNK,
+                          suffix=SUFFIX, max_new=MAX_NEW, window=config.sliding_window)
+    return {name: ArenaLayout(load_policy(policy, **options).layout(shape)).nbytes
+            for name, (policy, options) in WIDTHS.items()}
+
+
+def prefill_bytes(config: ModelConfig, context_tokens: int) -> int:
+    """What reading a prompt takes besides weights and cache: the hidden states of all tokens, K and V of one layer, and
+    the buffers of one tile (runtime.model.prefill)."""
+    n, E, D = PREFIX + context_tokens + SUFFIX, config.hidden_size, config.head_dim
+    rows = min(n, TILE + TILE // 8)
+    tables = 4 * (n + MAX_NEW) * D
+    return (4 * n * E + 4 * n * config.n_kv_heads * D + tables
+            + 4 * rows * (2 * config.n_heads * D + config.intermediate_size))
+
+
+def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: float, rate: float | None) -> Finding:
+    caches, prefill = cache_bytes(config, context), prefill_bytes(config, context)
+    subject = f"{context:,} tokens, {backend}"
+    found = (f"cache {', '.join(f'{_size(nbytes)} {name}' for name, nbytes in caches.items())}; prefill "
+             f"{_size(prefill)}; {_size(free)} free")
+    if rate:
+        floors = [1e3 * (weights + caches[name]) / rate for name in ("budget", "FP16")]
+        found += f"; a token takes at least {floors[0]:.1f} ms ({floors[1]:.1f} FP16)"
+    held = prefill + (weights if backend == "cuda" else 0)  # the CPU maps the weights: they need not stay in memory
+    if held + caches["budget"] > free:
+        return Finding(AREA, subject, "fail", found, "it does not fit: take a shorter context or a smaller model, or "
+                       "free memory")
+    fitting = next(name for name, nbytes in caches.items() if held + nbytes <= free)
+    if fitting != "FP16":
+        return Finding(AREA, subject, "warn", found, f"FP16 does not fit; {fitting} does, and --policy budget too")
+    if backend == "cpu" and weights + held + caches["FP16"] > free:
+        return Finding(AREA, subject, "warn", found, "weights and an FP16 cache do not fit together: weights would be "
+                       "read from the disk for every token; free memory, or take --policy budget")
+    return Finding(AREA, subject, "pass", found)
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
