@@ -21,7 +21,7 @@ from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT, STATE_TOKEN,
 from runtime.checkpoint import Tensor
 from runtime.encoder import EncoderBackend, Norm
 from runtime.formats import FAMILIES, PRE_ROPE, WIDTHS, kvquant, round_trip
-from runtime.plan import DocumentShape, Tier
+from runtime.plan import FP16, DocumentShape, Tier
 from runtime.sampler import Sampler, SamplingParams
 
 F64 = npt.NDArray[np.float64]
@@ -58,6 +58,8 @@ def probe(backend: Backend) -> Iterator[Probed]:
                         ("logits", _logits), ("prefill_attention", _prefill_attention),
                         ("attention_mass", _attention_mass), ("sample", _sample), ("advance", _advance)):
         yield from _probed(name, partial(cases, backend))
+    if backend.max_batch > 1:
+        yield from _probed("append", partial(_append, backend))
     for family in FAMILIES:
         yield from _probed(f"pack, decode_attention: {family}", partial(_cache, backend, family), family != "rotated")
 
@@ -196,6 +198,30 @@ def _cache(backend: Backend, family: str) -> Iterator[Case]:
     backend.decode_attention(backend.upload(q), bound, backend.upload(state), out)
     wanted, _ = _attend(q, seen_k, seen_v, np.ones((1, n), bool))
     yield f"({', '.join(map(str, tiers))})", backend.download(out), wanted, TOLERANCE["F16"]
+
+
+def _append(backend: Backend) -> Iterator[Case]:
+    """Two sequences of different lengths, all tail: a batch of one token each is appended and attends."""
+    lengths = (5, 11)
+    new_k, new_v, q = _half(4, G, 2, D), _half(5, G, 2, D), _random(6, 2, H, D)
+    bounds, wanted = [], []
+    state = np.zeros((2, STATE_SIZE), np.int32)
+    for b, n in enumerate(lengths):
+        layout = DocumentShape(n_layers=1, n_kv_heads=G, head_dim=D, chunk=32, n_chunks=0, prefix=0, remainder=0,
+                               suffix=n, max_new=2, window=None).layout([FP16], [0])
+        sizes, k, v = ArenaLayout(layout), _half(7 + b, G, n, D), _half(9 + b, G, n, D)
+        arena, tail = backend.arena(sizes.nbytes), sizes.tail(0)
+        arena[tail.positions : tail.positions + 4 * tail.capacity].view(np.int32)[:] = backend.upload(
+            np.arange(tail.capacity, dtype=np.int32))
+        backend.copy_tail(backend.upload(k), backend.upload(v), np.arange(n, dtype=np.int32), arena, tail, 0)
+        bounds.append(backend.bind(arena, [], tail, H, G, D, 32, None))
+        state[b, [STATE_POSITION, STATE_SLOT]] = n
+        seen_k, seen_v = (np.concatenate([x, new[:, b : b + 1]], axis=1) for x, new in ((k, new_k), (v, new_v)))
+        wanted.append(_attend(q[b : b + 1], seen_k, seen_v, np.ones((1, n + 1), bool))[0][0])
+    batch, states, out = backend.bind_batch(bounds), backend.upload(state), backend.empty((2, H * D), np.float32)
+    backend.append(backend.upload(new_k), backend.upload(new_v), batch, states)
+    backend.decode_attention(backend.upload(q), batch, states, out)
+    yield "and decode_attention of a batch", backend.download(out), wanted, TOLERANCE["F16"]
 
 
 def _format_data(family: str, tokens: int) -> FormatData | None:
