@@ -94,7 +94,7 @@ def token_range(v: npt.NDArray[np.float16]) -> tuple[F32, F32]:
     """Centre and half range (T,) of each token of v (G, T, D) over all heads without its 1 % of outliers."""
     tokens = v.swapaxes(0, 1).reshape(v.shape[1], -1).astype(np.float32)
     n = tokens.shape[1]
-    k = max(1, (n + 100) // 200)  # as runtime.formats.kvquant has it: so many on either side
+    k = kvquant.beyond(n)
     low, high = np.partition(tokens, (k, n - 1 - k), axis=1)[:, [k, n - 1 - k]].T
     return (((high + low) * np.float32(0.5)).astype(np.float16).astype(np.float32),
             ((high - low) * np.float32(0.5)).astype(np.float16).astype(np.float32))
@@ -130,8 +130,8 @@ class _Observer:
         values = np.asarray(self._backend.download(v))
         k_centre, k_half = channel_range(before)
         centre, half = token_range(values)
-        normal = {"k": _normal(before, k_centre[:, None], k_half[:, None]),
-                  "v": _normal(values.astype(np.float32), centre[:, None], half[:, None])}
+        normal = {"k": kvquant.normal(before, k_centre[:, None], k_half[:, None]),
+                  "v": kvquant.normal(values.astype(np.float32), centre[:, None], half[:, None])}
         found = {"k_centre": k_centre, "k_half": k_half}
         for kind, each in normal.items():
             for bits in kvquant.WIDTHS:
@@ -141,11 +141,6 @@ class _Observer:
                     raise PlanError(f"{kind.upper()} of layer {layer}: {error}; the weights or the text are degenerate"
                                     ) from None
         self.tensors |= {f"layers.{layer}.{name}": np.ascontiguousarray(tensor) for name, tensor in found.items()}
-
-
-def _normal(x: F32, centre: F32, half: F32) -> F32:
-    y: F32 = np.divide(x - centre, half, out=np.zeros_like(x), where=half > 0)
-    return y
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ chooses, and packing is behind that work in any case.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from runtime.backend import Array, Backend
 from runtime.errors import PlanError
 from runtime.plan import Layout, Plan
+from runtime.plan_checks import per_tier
 
 Masses = npt.NDArray[np.float32]  # (G, N): how much attention every chunk gets, by KV head
 Chunks = tuple[int, ...]  # index into layout.tiers of every chunk
@@ -108,8 +108,7 @@ class LayerChoices:
         """The chunks of each tier in the next layer, in document order, as Plan.stored has them. Call wait() first."""
         layer, layout = len(self._chosen), self.layout
         chunks = tuple(int(tier) for tier in self._wanted.choose(layer, self._seen[layer]))
-        found = Counter(chunks)
-        counts = tuple(found[tier] for tier in range(len(layout.tiers)))
+        counts = per_tier(chunks, len(layout.tiers))
         if counts != layout.counts[layer] or len(chunks) != layout.n_chunks:
             raise PlanError(f"layer {layer} was given {counts} chunks per tier; the layout expects "
                             f"{layout.counts[layer]}")

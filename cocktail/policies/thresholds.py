@@ -8,8 +8,7 @@ silent:
 - alpha + beta >= 1 puts T_low at or above T_high: refused.
 - A score that is not finite counts as the lowest finite one, with a warning, and moves no threshold.
 - Where there is no chat header, the first chunk stays FP16 (the sink), which the paper has not; sink=0 is the paper's.
-  Its score still counts in Eq. 2
-  and 3.
+  Its score still counts in Eq. 2 and 3.
 - Sliding window: hidden chunks are not stored, and their scores do not count.
 - Text scores only: with scores that arrive layer by layer the Layout would be unknown when the arena is allocated.
 

@@ -39,9 +39,20 @@ def capacity(chunk: int, head_dim: int) -> int:
     return -(-chunk * head_dim // 80)
 
 
+def beyond(n: int) -> int:
+    """How many of a token's n values of V lie above its upper threshold, and as many below the lower one: 0.5 %."""
+    return max(1, (n + 100) // 200)
+
+
 def levels_of(levels: Any, bits: int) -> Any:
     """(2^bits,): one width's levels out of a layer's (28,), which are those of 2, 3 and 4 bits behind one another."""
     return levels[2**bits - 4 : 2 ** (bits + 1) - 4]
+
+
+def normal(x: F32, centre: F32, half: F32) -> F32:
+    """y of the module's text: where x lies in its range; all three float32 that broadcast."""
+    y: F32 = np.divide(x - centre, half, out=np.zeros_like(x), where=half > 0)
+    return y
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class EncodedV:
 
 def encode_k(x: F32, bits: int, levels: F32, centre: F32, half: F32) -> EncodedK:
     """Encode finite x (..., G, C, D) from before RoPE; levels (2^bits,), centre and half (G, D)."""
-    y = _normal(x, centre[..., None, :], half[..., None, :])
+    y = normal(x, centre[..., None, :], half[..., None, :])
     return EncodedK(_codes(y, bits, levels), _keep(np.abs(y) > 1, x))
 
 
@@ -83,11 +94,11 @@ def encode_v(x: F16, bits: int, levels: F32) -> EncodedV:
     wide = x.astype(np.float32)
     tokens = np.sort(wide.swapaxes(-3, -2).reshape(*x.shape[:-3], x.shape[-2], -1), axis=-1)  # (..., C, G * D)
     n = tokens.shape[-1]
-    k = max(1, (n + 100) // 200)
+    k = beyond(n)
     lo, hi = (tokens[..., i] + np.float32(0) for i in (k, n - 1 - k))
     centre, half = ((hi + lo) * _HALF).astype(np.float16), ((hi - lo) * _HALF).astype(np.float16)
     lo, hi, middle, radius = (part[..., None, :, None] for part in (lo, hi, centre, half))
-    y = _normal(wide, middle.astype(np.float32), radius.astype(np.float32))
+    y = normal(wide, middle.astype(np.float32), radius.astype(np.float32))
     return EncodedV(_codes(y, bits, levels), _keep((wide > hi) | (wide < lo), wide), centre, half)
 
 
@@ -100,11 +111,6 @@ def decode_v(encoded: EncodedV, levels: F32) -> F32:
     """The values (..., G, C, D) float32 that the codes and the sparse store stand for."""
     centre, half = (part.astype(np.float32)[..., None, :, None] for part in (encoded.centre, encoded.half))
     return _restore(levels[encoded.codes] * half + centre, encoded.sparse)
-
-
-def _normal(x: F32, centre: F32, half: F32) -> F32:
-    y: F32 = np.divide(x - centre, half, out=np.zeros_like(x), where=half > 0)
-    return y
 
 
 def _codes(y: F32, bits: int, levels: F32) -> npt.NDArray[np.uint8]:
