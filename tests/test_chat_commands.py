@@ -190,7 +190,7 @@ def test_the_report_is_of_every_question_about_the_document(model, monkeypatch, 
     import cocktail.report
 
     written = []
-    monkeypatch.setattr(cocktail.report, "write", lambda path, document, asked: written.append((str(path), list(asked))))
+    monkeypatch.setattr(cocktail.report, "write", lambda path, _, asked: written.append((str(path), list(asked))))
     chat = start(model, "--context", "my doc.txt")
     with pytest.raises(PromptError, match="nothing has been asked"):
         chat.handle("/report")
