@@ -44,6 +44,7 @@ test: $(VENV)/.test $(DEMO)
 check: $(VENV)/.test
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+	$(RUN) -m mypy docs/build.py examples
 
 docs: $(VENV)/.test
 	$(RUN) docs/build.py

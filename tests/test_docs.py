@@ -14,6 +14,7 @@ from runtime.formats import WIDTHS, block_bytes
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 PACKAGES = ("cocktail", "runtime", "kernels_c", "kernels_cu", "converters", "bench", "tests")
+FOLDERS = (*PACKAGES, "examples", "docs")
 
 
 def quoted(text: str) -> list[str]:
@@ -22,7 +23,7 @@ def quoted(text: str) -> list[str]:
 
 
 def is_path(name: str) -> bool:
-    return re.fullmatch(r"[\w./-]+", name) is not None and name.partition("/")[0] in (*PACKAGES, "examples", "docs")
+    return re.fullmatch(rf"({'|'.join(FOLDERS)})(/[\w-]+)*(/|/[\w-]+\.\w+)", name) is not None
 
 
 def anchors(text: str) -> set[str]:
@@ -64,7 +65,7 @@ def test_every_python_name_exists(page):
     for name in quoted(PAGES[page]):
         if re.fullmatch(rf"({'|'.join(PACKAGES)})(\.\w+)+", name):
             resolve(name)
-    for module in re.findall(r"python -m ((?:%s)[\w.]*)" % "|".join(PACKAGES), PAGES[page]):
+    for module in re.findall(rf"python -m ((?:{'|'.join(PACKAGES)})[\w.]*)", PAGES[page]):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
@@ -93,7 +94,7 @@ def test_the_recipes_have_steps():
 
 
 def test_the_table_of_bits_is_what_formats_take():
-    rows = re.findall(r"^\| `(\w+)` \| (\d) \| (.*) \|$", PAGES["formats-and-plans.md"], re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \| ([\d.| ]+) \|$", PAGES["formats-and-plans.md"], re.MULTILINE)
     assert [(family, int(bits)) for family, bits, _ in rows] == [
         (family, bits) for family, widths in WIDTHS.items() for bits in widths]
     for family, bits, cells in rows:
