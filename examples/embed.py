@@ -38,8 +38,9 @@ def ask(document: cocktail.Document, question: str) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     stats = stream.answer.stats
-    print(f"\n  {stats.ttft_s:.2f} s to the first of {stats.generated_tokens} tokens; cache "
-          f"{stats.cache_bytes / 2**20:.1f} MiB, {stats.context_bits_per_value:.2f} bits per value; chunks {stats.chunks}")
+    print(f"\n  {stats.ttft_s:.2f} s to the first of {stats.generated_tokens} tokens; "
+          f"cache {stats.cache_bytes / 2**20:.1f} MiB, {stats.context_bits_per_value:.2f} bits per value")
+    print(f"  chunks {stats.chunks}")
 
 
 if __name__ == "__main__":
