@@ -1,4 +1,4 @@
-"""The pages in docs/ tell the truth: their links, files, names, commands and tables."""
+"""README and the pages in docs/ tell the truth: their links, files, names, commands, options and tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cocktail import calibrate, doctor, tune
+from cocktail.cli.options import parser
 from runtime.formats import WIDTHS, block_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,34 @@ def test_every_python_name_exists(page):
     for module in re.findall(rf"python -m ((?:{'|'.join(PACKAGES)})[\w.]*)", PAGES[page]):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+TEXTS = PAGES | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "examples/README.md")}
+COMMANDS = {"run": parser, "tune": tune.parser, "calibrate": calibrate.parser, "doctor": doctor.parser}
+OTHERS = r"python (-m (?:bench|converters)\.?|examples/)([\w.]*)([^`\n]*)"  # commands with options of their own
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+def test_every_option_mentioned_exists():
+    known = {name for command in COMMANDS.values() for action in command()._actions for name in action.option_strings}
+    for page, text in TEXTS.items():
+        assert options_in(re.sub(OTHERS, "", text)) - {"--peers"} <= known, page
+
+
+@pytest.mark.parametrize(("folder", "name", "line"), sorted({
+    (folder, name, line) for text in TEXTS.values() for folder, name, line in re.findall(OTHERS, text)}))
+def test_every_command_of_benches_and_examples_exists(folder, name, line):
+    """Those about the GPU hand their options on to bench.shapes."""
+    folder = folder.removeprefix("-m ").strip("./")
+    if folder == "converters":
+        return
+    sources = [ROOT / folder / name] if folder == "examples" else [
+        ROOT / f"{folder}/{module}.py" for module in (name, "shapes")]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    assert not [option for option in options_in(line) if f'"{option}"' not in text]
 
 
 def steps() -> list[tuple[str, list[str]]]:

@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tiny_model import save_tiny_model
 
-from cocktail import tune
 from cocktail.run import parser
 
 ROOT = Path(__file__).parents[1]
@@ -77,20 +75,3 @@ def test_the_options_table_is_complete():
     documented = set(re.findall(r"--[a-z][a-z-]*", re.sub(r"^(\|[^|]*\|).*", r"\1", table, flags=re.MULTILINE)))
     existing = {name for action in options() for name in action.option_strings if name.startswith("--")}
     assert documented == existing
-
-
-BENCHES = re.findall(r"^python -m bench\.(\w+)(.*)$", README, re.MULTILINE)
-ELSEWHERE = re.sub(r"^python -m bench\..*$", "", README, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"--[a-z][a-z-]*", ELSEWHERE)) - {"--peers"}))
-def test_every_option_mentioned_exists(name):
-    assert name in {name for action in (*options(), *tune.parser()._actions) for name in action.option_strings}
-
-
-@pytest.mark.parametrize(("module", "line"), BENCHES)
-def test_every_bench_command_exists(module, line):
-    """Those about the GPU hand their options on to bench.shapes."""
-    sources = "".join((ROOT / f"bench/{name}.py").read_text() for name in (module, "shapes"))
-    for option in re.findall(r"--[a-z][a-z-]*", line):
-        assert f'"{option}"' in sources
