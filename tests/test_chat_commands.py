@@ -238,6 +238,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_went(model, capsys):
     assert chat.turns[-1] == {"role": "assistant", "content": "Odo "}
     model.generate = lambda *_, **__: FakeStream([KeyboardInterrupt()], plan=None)  # before there is a plan
     assert converse(chat, feed(["And?"])) == 0
+    assert "(stopped before there was an answer)" in capsys.readouterr().err
     assert len(chat.turns) == 2
 
 

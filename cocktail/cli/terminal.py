@@ -32,12 +32,17 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
     """
     while True:
         try:
-            if not chat.handle(read()):
-                return 0
+            text = read()
         except EOFError:
             return 0
         except KeyboardInterrupt:
             print("(Ctrl-D or /quit leaves)", file=sys.stderr)
+            continue
+        try:
+            if not chat.handle(text):
+                return 0
+        except KeyboardInterrupt:
+            print("(stopped before there was an answer)", file=sys.stderr)
         except CocktailError as error:
             print_error(error)
 
