@@ -125,8 +125,8 @@ class Model:
         """Answer a prompt without a document; the cache is FP16.
 
         prompt: one user turn, or chat messages ({"role": "user", "content": "..."}), rendered by the model's chat
-        template; raw=True, or a model without a template, completes the text as it stands. max_tokens: None for up to
-        256. sampling: None is greedy. stop: texts to end before. stream=True returns an AnswerStream: iterate it for
+        template; raw=True, or a model without a template, completes the text as it stands. max_tokens: None for as many
+        as fit, at most 256. sampling: None is greedy. stop: texts to end before. stream=True returns an AnswerStream: iterate it for
         pieces of text. progress(stage, done, total) reports "prefill". Raises PromptError where prompt and answer do
         not fit the model's positions, OutOfMemory.
         """

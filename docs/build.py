@@ -39,9 +39,10 @@ def linkify_to(homes: dict[str, str], linkify: Any) -> Any:
 
     @pass_context
     def renamed(context: Any, code: str, **options: Any) -> Markup:
+        text = str(code)  # a Markup would escape what is put in
         for home, public in names.items():
-            code = code.replace(home, public)
-        linked: Markup = linkify(context, Markup(code), **options)
+            text = text.replace(home, public)
+        linked: Markup = linkify(context, text, **options)
         return linked
 
     return renamed

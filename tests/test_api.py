@@ -59,4 +59,6 @@ def test_the_page_of_the_api_builds_and_shows_every_name(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     page = (tmp_path / "cocktail.html").read_text(encoding="utf-8")
     assert not [name for name in PUBLIC if f'id="{name}"' not in page]
+    assert "&lt;span" not in page
+    assert "<ol" not in page  # a line of a docstring that begins with a number and a full stop
     assert "runtime.plan.Plan" not in re.sub(r"</?span[^>]*>", "", page)  # classes go by their public names
