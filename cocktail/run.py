@@ -1,6 +1,7 @@
 """`python -m cocktail.run MODEL --context FILE --query TEXT`: ask about a document, complete a prompt, or chat.
 
-The answer goes to stdout as it is generated, everything else to stderr. Exit codes: 0; 2 after an error, which is one
+The answer goes to stdout as it is generated, everything else to stderr; several answers go there as JSON lines. Exit
+codes: 0; 2 after an error, which is one
 line `error: ...`; 130 after Ctrl-C, with what was generated until then; 141 when nobody reads stdout any more.
 """
 
@@ -12,9 +13,16 @@ from collections.abc import Sequence
 
 # Heavy imports (numpy, cocktail.load, rich) wait until the arguments are known to be good: --help must be instant.
 from cocktail.cli.entry import run_command
-from cocktail.cli.inputs import cache_options, check_document, check_model, read_text, sampling_options
-from cocktail.cli.loop import chat_on_terminal, complete, question
-from cocktail.cli.options import check, parser
+from cocktail.cli.inputs import (
+    cache_options,
+    check_model,
+    read_document,
+    read_queries,
+    read_text,
+    sampling_options,
+)
+from cocktail.cli.loop import chat_on_terminal, complete, question, questions
+from cocktail.cli.options import check, on_terminal, parser
 from cocktail.cli.output import survive_any_text
 
 
@@ -27,8 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     check(options)
     # Inputs are read before the model: a wrong path should not cost a load.
     context = read_text(options.context, "--context") if options.context is not None else None
-    query = read_text("-", "--query") if options.query == "-" else options.query
-    cache = cache_options(options) if context is not None else {}
+    queries = read_queries(options)
+    cache = cache_options(options) if context is not None or options.document is not None else {}
 
     import cocktail
 
@@ -40,14 +48,16 @@ def _run(options: argparse.Namespace) -> int:
     if options.max_tokens is not None:
         common["max_tokens"] = options.max_tokens
 
-    if query is None:
-        return chat_on_terminal(model, options, context, cache, common)
-    if context is None:
-        return complete(model, options, query, common)
-    chunk = {} if options.chunk is None else {"chunk": options.chunk}
-    document = model.read(context, system=options.system, keep=False, **chunk)  # a copy is for further questions
-    check_document(options, document)
-    return question(document, options, query, cache | common)
+    document = read_document(options, model, context)
+    if queries is None:
+        if not on_terminal():
+            return 0  # the document is saved, which is all that was asked for
+        return chat_on_terminal(model, options, document, cache, common)
+    if document is None:
+        return complete(model, options, queries[0], common)
+    if options.queries is None and len(queries) == 1:
+        return question(document, options, queries[0], cache | common)
+    return questions(document, options, queries, cache | common)
 
 
 if __name__ == "__main__":

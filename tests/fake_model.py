@@ -66,7 +66,9 @@ class FakeModel:
     template: str = "a chat template"
     chunk, n_chunks = 32, 3  # of the document
     config: Any = field(default_factory=lambda: SimpleNamespace(
-        generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
+        generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9},
+        rope=SimpleNamespace(kind="default")))
+    context: str = ""  # of the document
 
     def load(self, *args: Any, **options: Any) -> FakeModel:
         self.calls.append(("load", args, options))
@@ -76,10 +78,14 @@ class FakeModel:
 
     def read(self, *args: Any, **options: Any) -> FakeModel:
         self.calls.append(("read", args, options))
+        self.context = args[0]
         return self
 
     def shape(self, query: str) -> None:
         """Any document fits."""
+
+    def save(self, *args: Any) -> None:
+        self.calls.append(("save", args, {}))
 
     def close(self) -> None:
         self.calls.append(("close", (), {}))

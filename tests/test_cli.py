@@ -123,6 +123,47 @@ def test_the_checkpoint_is_greedy_without_do_sample(model, files):
     assert model.options("ask")["sampling"].temperature == 0.0
 
 
+def test_several_questions_are_answered_as_lines_of_json(model, files, capsys):
+    """The document is read once and kept; what is refused has its error in its line, and the others go on."""
+    (files / "questions.txt").write_text("Why?\n\n  When?  \n", encoding="utf-8")
+    ask, refused = model.ask, iter([None, PromptError("too\nlong"), None])
+
+    def sometimes(*args, **options):
+        if (error := next(refused)) is not None:
+            raise error
+        return ask(*args, **options)
+    model.ask = sometimes
+    code = run.main(["model", "--context", "doc.txt", "--query", "Who?", "--queries", "questions.txt"])
+    out, err = capsys.readouterr()
+    first, second, third = (json.loads(line) for line in out.splitlines())
+    assert (first["question"], first["answer"], first["finish_reason"]) == ("Who?", "Odo Farrant", "length")
+    assert first["stats"] == STATS
+    assert second == {"question": "Why?", "error": "too long"}
+    assert third["question"] == "When?"
+    assert (code, err) == (2, "error: 1 of 3 questions could not be answered; their lines say why\n")
+    assert [call for call, *_ in model.calls] == ["load", "read", "ask", "ask"]
+    assert model.options("read")["keep"] is True
+
+
+def test_several_questions_without_statistics_until_ctrl_c(model, files, capsys):
+    model.pieces = ["Odo ", KeyboardInterrupt()]
+    code = run.main(["model", "--context", "doc.txt", "--query", "Who?", "--query", "Why?", "--stats", "none"])
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"question": "Who?", "answer": "Odo ", "finish_reason": "interrupted"}
+    assert (code, err) == (130, "")
+
+
+def test_a_document_is_saved_and_asked_later(model, files, monkeypatch, capsys):
+    assert run.main(["model", "--context", "doc.txt", "--save-document", "doc.kv"]) == 0  # no question, no terminal
+    assert model.options("read")["keep"] is True
+    assert next(args for call, args, _ in model.calls if call == "save")[0] == "doc.kv"
+    opened = []
+    monkeypatch.setattr(cocktail, "open_document", lambda path, owner: (opened.append((path, owner)), model)[1])
+    assert run.main(["model", "--document", "doc.kv", "--query", "Who?"]) == 0
+    assert opened == [("doc.kv", model)]
+    assert capsys.readouterr().out == "Odo Farrant\n"
+
+
 def test_stdin_as_context(model, files, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffünï".encode())))
     assert run.main(["model", "--context", "-", "--query", "Who?"]) == 0

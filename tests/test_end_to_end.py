@@ -73,6 +73,22 @@ def test_the_command_line_and_the_api_agree(cli, document):
     assert {name: stats[name] for name in same} == {name: expected[name] for name in same}
 
 
+def test_a_document_is_read_once_for_many_questions_and_saved_for_others(cli, document, folder):
+    queries = [QUESTION, "What is said about the ferry?", "Who keeps the keys?"]
+    (folder / "questions.txt").write_text("\n".join(queries[1:]), encoding="utf-8")
+    expected = [document.ask(query, max_tokens=12).text for query in queries]
+    code, out, err = cli(*ASK, "--queries", "questions.txt", "--save-document", "doc.kv")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [line["question"] for line in lines] == queries
+    assert [line["answer"] for line in lines] == expected
+    known = len(document.prefix_ids) + len(document.context_ids)
+    assert [line["stats"]["reused_tokens"] for line in lines] == [known] * 3  # it was read to be saved
+    code, out, stats = cli("chat.safetensors", "--document", "doc.kv", "--query", queries[2], "--max-tokens", "12",
+                           stats=True)
+    assert (code, out.rstrip("\n"), stats["reused_tokens"]) == (0, expected[2].rstrip("\n"), known)
+
+
 def test_statistics_are_those_of_the_run(cli, document):
     _, _, stats = cli(*ASK, stats=True)
     sizes = ArenaLayout(document.plan(QUESTION, max_tokens=12).layout)

@@ -86,10 +86,11 @@ def test_a_later_question_gets_the_logits_of_a_fresh_reading(models, case):
     kept, fresh = (model.read(case.text, chunk=case.chunk, system=case.system, keep=keep)
                    for keep in (case.place, False))
     known = len(kept.prefix_ids) + len(kept.context_ids)
+    filled = _tiles(0, len(kept.prompt(case.queries[0])), case.tile)
     for i, query in enumerate(case.queries):
         expected, found = (doc.logits(query, answer, **case.options) for doc in (fresh, kept))
         n = len(kept.prompt(query))
-        tiles = [*_tiles(0, n, case.tile), *(_tiles(min(known, n - 1), n, case.tile) if i else ())]
+        tiles = [*_tiles(0, n, case.tile), *filled, *(_tiles(min(known, n - 1), n, case.tile) if i else ())]
         if min(end - start for start, end in tiles) > GEMV_ROWS or not i:
             np.testing.assert_array_equal(found, expected)
         elif case.options.get("scorer") != "attention":  # which may choose otherwise between equals

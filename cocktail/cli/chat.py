@@ -37,7 +37,6 @@ class Chat:
     turns: list[Message] = field(default_factory=list)
     asked: dict[str, Answer | Plan] = field(default_factory=dict)  # about the document
     last: Answer | None = None
-    _context: str = ""  # the document's text, which another system message needs again
 
     def __post_init__(self) -> None:
         self.options = argparse.Namespace(**vars(self.options))
@@ -66,11 +65,17 @@ class Chat:
         document = self.model.read(context, system=self.options.system, **chunk)
         document.shape("")
         check_document(self.options, document)
-        self._take(document, context)
+        self.take(document)
+
+    def take(self, document: Document | None) -> None:
+        """Makes it the document, which is closed when another one is taken; None: there is none from now on."""
+        if self.document is not None:
+            self.document.close()
+        self.document, self.turns, self.asked = document, [], {}
 
     def close(self) -> None:
         """Gives back what is kept of the document."""
-        self._take(None, "")
+        self.take(None)
 
     def _answer(self, text: str) -> None:
         if self.document is not None:
@@ -91,11 +96,6 @@ class Chat:
             self.turns += [asked, {"role": "assistant", "content": self.last.text}]
         report(self.last, self.options)
 
-    def _take(self, document: Document | None, context: str) -> None:
-        if self.document is not None:
-            self.document.close()
-        self.document, self._context, self.turns, self.asked = document, context, [], {}
-
     # Commands. Each takes what was written behind its name.
 
     def _help(self, _: str) -> None:
@@ -111,8 +111,8 @@ class Chat:
         if self.document is None:
             _say("there is no document; /context FILE reads one")
         else:
-            _say(f"{self.options.context}: {len(self.document.context_ids):,} tokens, {self.document.n_chunks} chunks "
-                 f"of {self.document.chunk}; every question is answered from it alone")
+            _say(f"{self.options.context or self.options.document}: {len(self.document.context_ids):,} tokens, "
+                 f"{self.document.n_chunks} chunks of {self.document.chunk}; every question is answered from it alone")
 
     def _choose_policy(self, words: str) -> None:
         if words:
@@ -174,7 +174,7 @@ class Chat:
         self.options.system = text or None
         try:
             if self.document is not None:
-                self.read(self._context)
+                self.read(self.document.context)
         except CocktailError:
             self.options.system = before
             raise
@@ -182,7 +182,7 @@ class Chat:
         _say(("this" if text else "the model's own") + " system message from now on; the conversation begins anew")
 
     def _reset(self, _: str) -> None:
-        self._take(None, "")
+        self.take(None)
         _say("a new conversation, without a document")
 
     def _answered(self) -> Answer:

@@ -37,6 +37,47 @@ def read_text(path: str, option: str) -> str:
     return text
 
 
+def read_queries(options: argparse.Namespace) -> list[str] | None:
+    """The questions or the prompt; None where there are none and the user is asked for them."""
+    queries = [read_text("-", "--query") if query == "-" else query for query in options.query or ()]
+    if options.queries is not None:
+        lines = read_text(options.queries, "--queries").splitlines()
+        queries += [line.strip() for line in lines if line.strip()]
+    return queries or None
+
+
+def read_document(options: argparse.Namespace, model: Model, context: str | None) -> Document | None:
+    """The document that --context or --document names, saved where --save-document says; None without one."""
+    if options.document is not None:
+        from cocktail import open_document
+
+        document = open_document(options.document, model)
+    elif context is not None:
+        chunk = {} if options.chunk is None else {"chunk": options.chunk}
+        document = model.read(context, system=options.system, keep=_keep(options, model), **chunk)
+    else:
+        return None
+    if options.query is None and options.queries is None:
+        document.shape("")  # too long for any question: that should not wait for the first
+    check_document(options, document)
+    if options.save_document is not None:
+        from cocktail.summary import ProgressBar
+
+        with ProgressBar(shown=sys.stderr.isatty() and not options.quiet) as progress:
+            document.save(options.save_document, progress)
+    return document
+
+
+def _keep(options: argparse.Namespace, model: Model) -> bool:
+    """For one question it would only cost a copy."""
+    from runtime.master import is_keepable
+
+    if options.save_document is not None:
+        return True
+    once = options.queries is None and len(options.query or ()) == 1
+    return not once and is_keepable(model.config)
+
+
 def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     """The policy and scorer, or the plan, made before the model is loaded: what is wrong with them shows at once."""
     if options.plan_in is not None:
@@ -68,7 +109,7 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_model(options: argparse.Namespace, model: Model) -> None:
     """Refuses what a model without a chat template has no place for."""
-    if model.template is None and options.context is None and not options.raw:
+    if model.template is None and options.context is None and options.document is None and not options.raw:
         if options.system is not None:
             raise PromptError("--system: this model has no chat template to put it into; make it part of --query")
         if options.query is None:

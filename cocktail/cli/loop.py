@@ -1,24 +1,58 @@
-"""One question, one prompt, or a chat on the terminal."""
+"""One question, several, one prompt, or a chat on the terminal."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocktail.cli.output import report, stream
+from runtime.errors import CocktailError, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import Document, Model
+    from cocktail import AnswerStream, Document, Model
+
+
+def questions(document: Document, options: argparse.Namespace, queries: Sequence[str],
+              settings: dict[str, Any]) -> int:
+    """Answers every question as a line of JSON on stdout, and returns the exit code. settings: of Document.ask.
+
+    A question that is refused has its error in its line, and the others go on; Ctrl-C ends the answer under way and
+    asks no more.
+    """
+    from cocktail.report import write
+
+    rest = argparse.Namespace(**vars(options) | {"stats": options.stats or "none"})  # statistics stand in the lines
+    answers, failed = {}, 0
+    for query in queries:
+        try:
+            answer = stream(partial(_ask, document, query, settings), options, shown=False)
+        except CocktailError as error:
+            print(json.dumps({"question": query, "error": " ".join(str(error).split())}), flush=True)
+            failed += 1
+            continue
+        answers[query] = answer
+        line = {"question": query, "answer": answer.text, "finish_reason": answer.finish_reason}
+        print(json.dumps(line if options.stats == "none" else line | {"stats": answer.stats.to_dict()}), flush=True)
+        if code := report(answer, rest):
+            return code
+    if options.report is not None and answers:
+        write(options.report, document, answers)
+    if failed:
+        raise PromptError(f"{failed} of {len(queries)} questions could not be answered; their lines say why")
+    return 0
 
 
 def question(document: Document, options: argparse.Namespace, query: str, settings: dict[str, Any]) -> int:
     """Answers a question about the document and returns the exit code. settings: of Document.ask."""
     from cocktail.report import write
 
-    answer = stream(lambda progress: document.ask(query, progress=progress, **settings), options)
+    answer = stream(partial(_ask, document, query, settings), options)
     if options.report is not None:
         write(options.report, document, {query: answer})
     return report(answer, options)
@@ -32,7 +66,7 @@ def complete(model: Model, options: argparse.Namespace, query: str, settings: di
         lambda progress: model.generate(prompt, raw=options.raw, progress=progress, **settings), options), options)
 
 
-def chat_on_terminal(model: Model, options: argparse.Namespace, context: str | None, cache: dict[str, Any],
+def chat_on_terminal(model: Model, options: argparse.Namespace, document: Document | None, cache: dict[str, Any],
                      settings: dict[str, Any]) -> int:
     """Answers what is typed until the user leaves, and returns the exit code. cache: of Document.ask; settings: of that
     and Model.generate."""
@@ -40,10 +74,15 @@ def chat_on_terminal(model: Model, options: argparse.Namespace, context: str | N
     from cocktail.cli.terminal import converse, history_file, line_editor
 
     with closing(Chat(model, options, settings, cache)) as chat:
-        if context is not None:
-            chat.read(context)
+        if document is not None:
+            chat.take(document)
         if not options.quiet:
-            about = f" {options.context}: {chat.document.n_chunks} chunks." if chat.document is not None else ""
+            about = "" if document is None else f" {options.context or options.document}: {document.n_chunks} chunks."
             name = Path(options.model).name
             print(f"{name} on {model.backend.name}.{about} /help lists commands, Ctrl-D leaves.", file=sys.stderr)
         return converse(chat, line_editor(None if options.no_history else history_file()))
+
+
+def _ask(document: Document, query: str, settings: dict[str, Any], progress: Any) -> AnswerStream:
+    stream: AnswerStream = document.ask(query, progress=progress, **settings)
+    return stream

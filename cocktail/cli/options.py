@@ -28,7 +28,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """Every option; None is what was not given. kind: what becomes of errors."""
     p = kind(
         prog="python -m cocktail.run",
-        usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT] [options]",
+        usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT ...] [options]",
         description="Answer from a long document whose KV cache keeps each chunk at the precision its relevance earns.",
         epilog="Without --context, --query is completed (in the model's chat template where it has one). Without "
                "--query, a terminal gets a loop: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -37,8 +37,12 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     prompt = p.add_argument_group("prompt")
     prompt.add_argument("--context", metavar="FILE", help="UTF-8 document; - for stdin "
                         "(default: none: complete or chat)")
-    prompt.add_argument("--query", "--prompt", metavar="TEXT", help="question or prompt; - for stdin "
-                        "(default: a loop on a terminal)")
+    prompt.add_argument("--document", metavar="FILE", help="document that --save-document wrote, instead of --context")
+    prompt.add_argument("--save-document", metavar="FILE", help="keep the document as it was read, for --document; "
+                        "needs no --query")
+    prompt.add_argument("--query", "--prompt", metavar="TEXT", action="append", help="question or prompt; - for stdin; "
+                        "repeatable: answers as JSON lines (default: a loop on a terminal)")
+    prompt.add_argument("--queries", metavar="FILE", help="questions, one a line; - for stdin; answers as JSON lines")
     prompt.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
     prompt.add_argument("--raw", action="store_true", help="plain completion of --query, no chat template")
     prompt.add_argument("--no-history", action="store_true", help="forget what was typed in the loop when it ends")
@@ -115,28 +119,54 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Refuses what would otherwise be ignored silently."""
-    if options.context is None and (shaping := given(options, DOCUMENT_OPTIONS)):
-        raise PlanError(f"{flag(next(iter(shaping)))} shapes the cache of a document; give one with --context")
+    several = options.queries is not None or len(options.query or ()) > 1
+    query = None if several or options.query is None else options.query[0]
+    asked = several or query is not None
+    _check_document(options, several)
     if options.plan_in is not None and (deciding := given(options, CACHE_OPTIONS)):
         raise PlanError(f"--plan-in already decides what {flag(next(iter(deciding)))} would; give one of them")
-    if options.raw and (options.context is not None or options.system is not None or options.query is None):
-        raise PromptError("--raw completes --query alone; it does not go with --context, --system or the chat loop")
-    if [options.context, options.query, options.plan_in].count("-") > 1:
-        raise PromptError("stdin can be read once; only one of --context, --query and --plan-in can be -")
-    if options.query is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if options.raw and (options.context is not None or options.document is not None or options.system is not None
+                        or query is None):
+        raise PromptError("--raw completes --query alone; it does not go with a document, --system, several questions "
+                          "or the chat loop")
+    if [options.context, *(options.query or ()), options.queries, options.plan_in].count("-") > 1:
+        raise PromptError("stdin can be read once; only one of --context, --query, --queries and --plan-in can be -")
+    if not asked and options.save_document is None and not on_terminal():
         raise PromptError("there is no --query, and without a terminal there is no loop to ask for one")
-    if options.query is not None and options.no_history:
+    if asked and options.no_history:
         raise PromptError("--no-history is about what is typed in the loop; with --query there is none")
-    if options.query is not None and options.context is None and not options.query.strip():
+    if query is not None and options.context is None and options.document is None and not query.strip():
         raise PromptError("--query is empty and there is no --context; give one of them")
+    if several and options.plan_out is not None:
+        raise PlanError("--plan-out writes one plan; with several questions every answer has its own")
+    if several and options.stats == "json":
+        raise PromptError("--stats json: with several questions every line on stdout has its statistics already")
     if "" in options.stop:
         raise PromptError("--stop is empty; expected the text to stop before")
     if options.backend == "cpu" and options.no_graph:
         raise BackendError("--no-graph is about CUDA graphs; it does not go with --backend cpu")
-    if options.plan_out is not None:
-        check_output(options.plan_out, "--plan-out")
-    if options.report is not None:
-        check_output(options.report, "--report")
+    for name in ("plan_out", "report", "save_document"):
+        if (path := getattr(options, name)) is not None:
+            check_output(path, flag(name))
+
+
+def _check_document(options: argparse.Namespace, several: bool) -> None:
+    if options.document is not None:
+        for name in ("context", "system", "chunk", "save_document"):
+            if getattr(options, name) is not None:
+                raise PromptError(f"{flag(name)} does not go with --document, whose file holds the document as it was "
+                                  "read; give one of them")
+    elif options.context is None:
+        if shaping := given(options, DOCUMENT_OPTIONS):
+            raise PlanError(f"{flag(next(iter(shaping)))} shapes the cache of a document; give one with --context")
+        if several or options.save_document is not None:
+            raise PromptError(f"{'several questions are' if several else '--save-document is'} about a document; give "
+                              "one with --context")
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to type questions and to read answers."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def check_output(path: str, option: str) -> None:

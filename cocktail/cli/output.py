@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from cocktail import Answer, AnswerStream
 
 
-def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace) -> Answer:
-    """Writes the pieces of an answer to stdout as they come, under a progress bar until the first."""
+def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace, shown: bool = True) -> Answer:
+    """Writes the pieces of an answer to stdout as they come, if they are to be shown, under a progress bar until the
+    first."""
     from cocktail.summary import ProgressBar
 
     last = ""
@@ -25,8 +26,9 @@ def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace) ->
         try:
             for piece in pieces:
                 progress.close()  # before the first piece: both may share one terminal
-                print(piece, end="", flush=True)
-                last = piece or last
+                if shown:
+                    print(piece, end="", flush=True)
+                    last = piece or last
         except KeyboardInterrupt:
             if pieces.plan is None:
                 raise  # before all chunks were scored: there is nothing to report
