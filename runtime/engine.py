@@ -69,7 +69,7 @@ class Reading:
     model: Model
     prompt: tuple[int, ...]
     caches: tuple[Cache, ...]
-    rope: tuple[object, object]
+    rope: tuple[Array, Array]
     first_logits: npt.NDArray[np.float32]  # (1, V), from the exact prefill
     timing: Timing = field(default_factory=Timing)
     reused: int = 0
@@ -78,12 +78,12 @@ class Reading:
         backend = self.model.backend
         self._buffers = StepBuffers.allocate(self.model.config, backend, 1)
         self._logits = backend.empty(self.first_logits.shape, np.float32)
-        self._samplers = [Sampler(backend, self.prompt, cache.layout.max_new) for cache in self.caches]
+        self.samplers = [Sampler(backend, self.prompt, cache.layout.max_new) for cache in self.caches]
         self._steps = [backend.captured(partial(decode_step, self.model, cache, self.rope, self._buffers, self._logits))
                        for cache in self.caches]
         self._draws = [
             backend.captured(partial(_draw, self.model, cache, self.rope, self._buffers, self._logits, sampler.draws))
-            for cache, sampler in zip(self.caches, self._samplers, strict=True)]
+            for cache, sampler in zip(self.caches, self.samplers, strict=True)]
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -91,7 +91,7 @@ class Reading:
         return tuple(plan for cache in self.caches if (plan := cache.plan) is not None)
 
     def generate(self, params: SamplingParams, max_new: int, stop_ids: Collection[int],
-                 cache: int = 0) -> Iterator[int]:
+                 cache: int = 0) -> Generator[int, None, None]:
         """Yields up to max_new ids; the first comes from the exact prefill. Ends after yielding an id of stop_ids.
 
         On an asynchronous backend the next id is being drawn while the caller has the one before, so that the device
@@ -99,7 +99,7 @@ class Reading:
         Elsewhere an id is drawn only when it is asked for. Once the iterator has ended or is closed, nothing is under
         way any more.
         """
-        target, sampler, backend = self.caches[cache], self._samplers[cache], self.model.backend
+        target, sampler, backend = self.caches[cache], self.samplers[cache], self.model.backend
         if max_new > target.layout.max_new:
             raise PromptError(f"{max_new} new tokens were asked for; the cache was sized for {target.layout.max_new}")
         if not max_new:

@@ -45,5 +45,17 @@ class BackendError(CocktailError):
     """A backend is unavailable on this machine or refuses a combination it has no kernel for."""
 
 
+class RequestCancelled(CocktailError):
+    """A request was cancelled, or nobody holds its handle any more."""
+
+
+class DeadlineExceeded(CocktailError):
+    """A request's deadline passed before its answer was complete."""
+
+
+class SchedulerClosed(CocktailError):
+    """A scheduler takes no more requests: it was closed, or its thread ended with an error."""
+
+
 class OutOfMemory(CocktailError):
     """An allocation does not fit; the message says what was needed, what was free and which option helps."""

@@ -116,6 +116,14 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
         backend.logits(x[n - 1 - begin :], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
 
 
+def prefill_bytes(config: ModelConfig, tokens: int, tile: int) -> int:
+    """What `prefill` allocates beside the caches, at most: hidden states of all tokens, K and V of one layer, what a
+    tile's rows go through."""
+    wide = 2 * config.n_heads * config.head_dim + config.intermediate_size  # q, attended, hidden
+    kv = 2 * config.n_kv_heads * config.head_dim
+    return tokens * (4 * config.hidden_size + 2 * kv + 8) + 4 * wide * min(tokens, tile + tile // 8)
+
+
 def _tiles(begin: int, n: int, tile: int) -> list[tuple[int, int]]:
     """begin..n in tiles. A short rest makes the first one longer: few rows keep no device busy, and these see few
     keys."""

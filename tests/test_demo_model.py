@@ -1,4 +1,4 @@
-"""The demo model against transformers on the same weights: a 2K prompt and 64 greedy tokens."""
+"""The demo model against transformers on the same weights, a 2K prompt and 64 greedy tokens; alone and in a batch."""
 
 import json
 import pydoc_data.topics
@@ -10,6 +10,10 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cocktail
+from runtime.engine import read
+from runtime.request import Request
+from runtime.sampler import SamplingParams
+from runtime.scheduler import Scheduler
 
 PROMPT, NEW = 2048, 64
 
@@ -36,6 +40,24 @@ def test_greedy_tokens_equal_transformers():
         assert row.argmax() == token or best - second < tolerance, f"step {step}: {token} instead of {row.argmax()}"
     print(f"\n{NEW} greedy tokens after {len(prompt)}: max abs logit difference {tolerance / 2:.2e}, "
           f"{sum(int(row.argmax()) != token for row, token in zip(theirs, answer.ids, strict=True))} near ties")
+
+
+def test_greedy_answers_are_the_same_alone_and_in_a_batch_of_8():
+    model = cocktail.load(demo_model())
+    text = "\n\n".join(pydoc_data.topics.topics.values())
+    requests = []
+    for i in range(8):
+        doc = model.read(text[3000 * i : 3000 * i + 400 + 60 * i], keep=False)
+        query = "Summarize this text."
+        plan = doc.plan(query, **({"kv_bits": 3.5} if i % 2 else {"policy": "fp16"}), max_tokens=16)
+        requests.append(Request(doc.prompt(query), plan, 16))
+    with Scheduler(model.engine, pause=60) as scheduler:  # all are read before one decodes a second id
+        tickets = [scheduler.submit(request) for request in requests]
+        together = [list(ticket) for ticket in tickets]
+        assert scheduler.stats().batch > 4
+    alone = [list(read(model.engine, request.prompt, [request.plan]).generate(SamplingParams(), 16, ()))
+             for request in requests]
+    assert together == alone and len({tuple(ids) for ids in alone}) == 8
 
 
 def reference_logits(path, ids):

@@ -1,0 +1,179 @@
+"""Sequences that decode together: one pass over the weights for the next token of each.
+
+    Decoder       what a scheduler asks of a model: bytes, prefills, steps
+    Member        one answer under way, in the cache of a Reading
+    Batch         the members of one step, as runtime.model.decode_step reads them
+    TakesTurns    an answer on a backend that decodes one sequence at a time
+
+What a member gets does not depend on who shares its steps, to the last bit (Backend.max_batch), so a greedy answer is
+the same alone and in company.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Sequence
+
+import numpy as np
+
+from runtime.arena import ArenaLayout
+from runtime.backend import STATE_SIZE, STATE_TOKEN
+from runtime.engine import Planned, Reading, read_in_steps
+from runtime.master import SharedMaster
+from runtime.model import Model, StepBuffers, decode_step, prefill_bytes
+from runtime.plan import Layout
+from runtime.sampler import SamplingParams
+
+
+class Decoder:
+    """A model for many requests. batch: how many sequences share a pass over the weights."""
+
+    def __init__(self, model: Model) -> None:
+        self.batch = model.backend.max_batch
+        self._model = model
+        self._batches: list[Batch] = []
+
+    def needs(self, layout: Layout) -> tuple[int, int]:
+        """Bytes of one request: what it holds until it ends (arena, RoPE tables, logits), and what only its prefill
+        holds. Both are known before the prefill; tables of a few KiB are not counted."""
+        config = self._model.config
+        tables = 4 * config.head_dim * (layout.prompt_tokens + layout.max_new)
+        logits = 3 * 4 * config.vocab_size  # the prefill's, and those of a step by itself and in a batch
+        return (ArenaLayout(layout).nbytes + tables + logits,
+                prefill_bytes(config, layout.prompt_tokens, self._model.backend.prefill_tile))
+
+    def free_bytes(self) -> int | None:
+        return self._model.backend.free_bytes()
+
+    def read(self, prompt: Sequence[int], plan: Planned,
+             master: SharedMaster | None) -> Generator[tuple[int, int], None, Reading]:
+        """runtime.engine.read_in_steps for one plan."""
+        return read_in_steps(self._model, prompt, [plan], master=master)
+
+    def start(self, reading: Reading, params: SamplingParams, max_new: int,
+              stop_ids: Collection[int]) -> Member | TakesTurns:
+        """The answer, with its first id drawn."""
+        if self.batch == 1:
+            return TakesTurns(reading, params, max_new, stop_ids)
+        return Member(reading, params)
+
+    def step(self, answers: Sequence[Member | TakesTurns]) -> list[int | Exception]:
+        """The next id of each, or why it has none."""
+        members = [answer for answer in answers if isinstance(answer, Member)]
+        groups = [tuple(members[i : i + self.batch]) for i in range(0, len(members), self.batch)]
+        if [batch.members for batch in self._batches] != groups:
+            self._batches.clear()  # before others are made: they hold caches alive
+            self._batches = [Batch(self._model, group) for group in groups]
+        together = iter([drawn for batch in self._batches for drawn in self._step(batch)])
+        return [next(together) if isinstance(answer, Member) else answer.step() for answer in answers]
+
+    def forget(self) -> None:
+        """Let go of the members of the last step."""
+        self._batches.clear()
+
+    def _step(self, batch: Batch) -> list[int | Exception]:
+        """What goes wrong for all at once is tried again one by one, so that it ends only those that it concerns."""
+        try:
+            return batch.step()
+        except Exception as error:
+            if len(batch.members) == 1:
+                return [error]
+            return [drawn for member in batch.members for drawn in self._step(Batch(self._model, [member]))]
+
+
+class Member:
+    """An answer that a Batch continues. last: the id that was drawn last; the first comes from the exact prefill."""
+
+    def __init__(self, reading: Reading, params: SamplingParams) -> None:
+        backend = reading.model.backend
+        self.reading, self.cache, self.sampler = reading, reading.caches[0], reading.samplers[0]
+        self._drawn, self._at = 0, 0.0
+        self.cache.start()
+        self.sampler.start(params)
+        self.draw(backend.upload(reading.first_logits))
+
+    @property
+    def last(self) -> int:
+        return int(self.sampler.ids[self._drawn - 1])
+
+    @property
+    def position(self) -> int:
+        """Of the id that was drawn last, which the next step decodes."""
+        return self.cache.layout.prompt_tokens + self._drawn - 1
+
+    def flush(self) -> None:
+        """Before a step: the ids before the last are in the tail."""
+        self.cache.flush(self._drawn - 1)
+
+    def draw(self, logits: object) -> None:
+        """The next id, from logits (1, V). Its time is what passed since the one before, others' prefills included."""
+        self.reading.model.backend.sample(logits, self.sampler.draws, self.cache.state)
+        self._drawn += 1
+        before, self._at = self._at, time.perf_counter()
+        if self._drawn > 1:
+            self.reading.timing.decode += self._at - before
+            self.reading.timing.steps += 1
+
+    def close(self) -> None:
+        """Nothing is under way between steps."""
+
+
+class Batch:
+    """One token of each member (runtime.model.StepRows). Made anew when members join or leave: it holds buffers and
+    addresses, no state that lasts beyond a step."""
+
+    staged = True
+
+    def __init__(self, model: Model, members: Sequence[Member]) -> None:
+        config, backend, B = model.config, model.backend, len(members)
+        self.members = tuple(members)
+        self._model = model
+        self._buffers = StepBuffers.allocate(config, backend, B)
+        self._logits = backend.empty((B, config.vocab_size), np.float32)
+        self._rope = tuple(backend.empty((B, config.head_dim // 2), np.float32) for _ in range(2))
+        self.state = backend.empty((B, STATE_SIZE), np.int32)
+        self.token = backend.empty((B,), np.int32)
+        self.position = self.slot = backend.upload(np.arange(B, dtype=np.int32))  # rows of _rope, and of k and v
+        kv = [backend.empty((config.n_kv_heads, B, config.head_dim), np.float16) for _ in range(2)]
+        self.k, self.v = ((rows,) * config.n_layers for rows in kv)
+        self.bound = tuple(backend.bind_batch([member.cache.bound[layer] for member in members])
+                           for layer in range(config.n_layers))
+
+    def step(self) -> list[int | Exception]:
+        """Every member's next id, or why it has none. Raises what goes wrong for all of them; nobody has then moved,
+        and the step can be tried again."""
+        for b, member in enumerate(self.members):
+            member.flush()
+            self.state[b : b + 1] = member.cache.state
+            for rows, table in zip(self._rope, member.reading.rope, strict=True):
+                rows[b : b + 1] = table[member.position : member.position + 1]
+        self.token[:] = self.state[:, STATE_TOKEN]
+        cos, sin = self._rope
+        decode_step(self._model, self, (cos, sin), self._buffers, self._logits)
+        return [self._drawn(b, member) for b, member in enumerate(self.members)]
+
+    def _drawn(self, b: int, member: Member) -> int | Exception:
+        try:
+            member.draw(self._logits[b : b + 1])
+        except Exception as error:  # whatever it is, it is this member's alone
+            return error
+        return member.last
+
+
+class TakesTurns:
+    """An answer that decodes by itself, as Reading.generate does."""
+
+    def __init__(self, reading: Reading, params: SamplingParams, max_new: int, stop_ids: Collection[int]) -> None:
+        self._ids = reading.generate(params, max_new, stop_ids)
+        self.last = next(self._ids)
+
+    def step(self) -> int | Exception:
+        try:
+            self.last = next(self._ids)
+        except Exception as error:
+            return error
+        return self.last
+
+    def close(self) -> None:
+        """Wait for what is under way on the device."""
+        self._ids.close()

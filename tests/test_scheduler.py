@@ -1,0 +1,299 @@
+"""The scheduler on a real, tiny model: answers are those of each request alone, whoever shares the steps; failures end
+one request alone; threads and memory go when they are done."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import tiny_model
+from numpy_backend import NumpyBackend
+
+import cocktail
+from runtime.batch import Decoder
+from runtime.checkpoint import Checkpoint
+from runtime.engine import PendingPlan, read
+from runtime.errors import (
+    BackendError,
+    DeadlineExceeded,
+    OutOfMemory,
+    RequestCancelled,
+    SchedulerClosed,
+)
+from runtime.model import Model
+from runtime.request import Request
+from runtime.sampler import SamplingParams
+from runtime.scheduler import Scheduler
+from runtime.weights import load_weights
+
+TEXT = "The cracked iron pan was mended by Odo Farrant in the spring of 1843, says the ledger of the ferry. "
+QUESTIONS = ("Who mended the pan?", "When?", "Where does the ledger lie, and who keeps it now?")
+POLICIES = (dict(policy="budget", kv_bits=4), dict(policy="fp16"), dict(policy="kivi"), dict(policy="atom"),
+            dict(policy="uniform", tier="K4V2"), dict(scorer="attention", kv_bits=5))
+SAMPLINGS = (SamplingParams(), SamplingParams(temperature=0.9, seed=3),
+             SamplingParams(repetition_penalty=1.4, top_k=7, temperature=0.5, seed=5))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return cocktail.load(path, backend="cpu", threads=1)
+
+
+def request_for(model, i: int, **changes) -> Request:
+    """The i-th of a varied lot: other lengths, policies, sampling and questions."""
+    doc = model.read(TEXT * (2 + 3 * (i % 4)), chunk=16, keep=False)
+    question, max_new = QUESTIONS[i % len(QUESTIONS)], 3 + 5 * (i % 5)
+    plan = doc.pending(question, max_tokens=max_new, **POLICIES[i % len(POLICIES)])
+    return replace(Request(doc.prompt(question), plan, max_new, SAMPLINGS[i % len(SAMPLINGS)]), **changes)
+
+
+def alone(model, request: Request) -> list[int]:
+    reading = read(model.engine, request.prompt, [request.plan])
+    return list(reading.generate(request.sampling, request.max_new, request.stop_ids))
+
+
+def outcome(ticket) -> list[int] | BaseException:
+    """All ids, or what ended them."""
+    assert ticket.wait(60), "it did not end"
+    return ticket.error or list(ticket)
+
+
+def test_in_a_batch_every_logit_is_what_it_is_alone(model):
+    requests = [request_for(model, i) for i in range(12)]
+    decoder = Decoder(model.engine)
+    members = [decoder.start(read(model.engine, request.prompt, [request.plan]), request.sampling, request.max_new,
+                             frozenset()) for request in requests]
+    ids = [[member.last] for member in members]
+    logits = [[] for _ in members]
+    for _ in range(max(request.max_new for request in requests)):
+        going = [i for i, request in enumerate(requests) if len(ids[i]) < request.max_new]
+        if not going:
+            break
+        for i, drawn in zip(going, decoder.step([members[i] for i in going]), strict=True):
+            ids[i].append(drawn)
+            logits[i].append(decoder._batches[0]._logits[going.index(i)].copy())
+    for i, request in enumerate(requests):
+        reading = read(model.engine, request.prompt, [request.plan])
+        assert list(reading.generate(request.sampling, request.max_new, ())) == ids[i]
+        assert np.array_equal(reading.force(ids[i])[1:], logits[i])
+
+
+def test_the_oracle_decodes_batches_too(path):
+    with Checkpoint.open(path) as checkpoint:
+        backend = NumpyBackend()
+        engine = Model(checkpoint.config, load_weights(checkpoint, backend), backend)
+    model = SimpleNamespace(engine=engine, read=cocktail.load(path, backend="cpu", threads=1).read)
+    requests = [replace(request_for(model, i), sampling=SamplingParams()) for i in (0, 1, 4)]
+    with Scheduler(engine, limit=10**9) as scheduler:
+        tickets = [scheduler.submit(request) for request in requests]
+        assert [outcome(ticket) for ticket in tickets] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("max_batch", [16, 3, 1])
+def test_answers_are_those_of_each_request_alone(model, monkeypatch, max_batch):
+    """In one pass, in passes of three, and in turns."""
+    monkeypatch.setattr(model.backend, "max_batch", max_batch)
+    requests = [request_for(model, i) for i in range(8)]
+    with Scheduler(model.engine, pause=0.002) as scheduler:
+        tickets = [scheduler.submit(request) for request in requests]
+        results = [outcome(ticket) for ticket in tickets]
+        stats = scheduler.stats()
+    assert results == [alone(model, request) for request in requests]
+    assert (stats.completed, stats.bytes, stats.together) == (8, 0, max_batch)
+    assert stats.batch > 1 and stats.tokens_per_second > 0
+
+
+def test_failures_end_one_request_alone(model, monkeypatch):
+    """Memory, the plan, the prefill, each callback, the deadline, the sender, the consumer. Draws: the next test."""
+    def fail(*_):
+        raise ZeroDivisionError("on purpose")
+
+    arena, refusals = model.backend.arena, [True]
+    healthy = [request_for(model, i) for i in range(3)]
+    expected = [alone(model, request) for request in healthy]
+    base = request_for(model, 1, max_new=8)
+    pending = request_for(model, 0)
+    assert isinstance(pending.plan, PendingPlan)
+    layerwise = request_for(model, 5)
+    failing = {
+        "plan": replace(pending, plan=replace(pending.plan, make=fail)),
+        "prefill": replace(layerwise, plan=replace(layerwise.plan, choose=fail)),
+        "prompt": replace(base, prompt=base.prompt[:-1]), "on_step": replace(base, on_step=fail),
+        "on_id": replace(base, on_id=fail), "on_end": replace(base, on_end=fail), "late": replace(base, deadline=1e-6)}
+
+    def refuse(nbytes):
+        if threading.current_thread().name == "cocktail work" and refusals:
+            refusals.pop()
+            raise MemoryError("nothing left")
+        return arena(nbytes)
+
+    monkeypatch.setattr(model.backend, "arena", refuse)
+    with Scheduler(model.engine) as scheduler:
+        first = outcome(scheduler.submit(base))
+        assert isinstance(first, OutOfMemory) and "nothing left" in str(first)
+        tickets = {name: scheduler.submit(request) for name, request in failing.items()}
+        tickets["cancelled"] = scheduler.submit(base)
+        tickets["cancelled"].cancel()
+        good = [scheduler.submit(request) for request in healthy]
+        scheduler.submit(base)  # nobody holds its ticket
+        assert [outcome(ticket) for ticket in good] == expected
+        ends = {name: outcome(ticket) for name, ticket in tickets.items()}
+    assert isinstance(ends.pop("cancelled"), RequestCancelled) and isinstance(ends.pop("late"), DeadlineExceeded)
+    assert type(ends.pop("prompt")).__name__ == "PlanError"
+    assert {str(error) for error in ends.values()} == {"on purpose"}
+    stats = scheduler.stats()
+    assert (stats.completed, stats.cancelled, stats.failed, stats.bytes) == (3, 2, 8, 0)
+
+
+def test_a_draw_that_fails_ends_its_own_answer(model, monkeypatch):
+    requests = [request_for(model, i, max_new=3) for i in range(4)]
+    expected = [alone(model, request) for request in requests]
+    sample, doomed = model.backend.sample, requests[2].sampling.temperature
+
+    def failing(logits, draws, state):
+        if state[3] == 1 and draws.options[0] == doomed and threading.current_thread().name == "cocktail work":
+            raise RuntimeError("every logit is NaN")
+        sample(logits, draws, state)
+
+    monkeypatch.setattr(model.backend, "sample", failing)
+    with Scheduler(model.engine) as scheduler:
+        results = [outcome(ticket) for ticket in [scheduler.submit(request) for request in requests]]
+    assert str(results.pop(2)) == "every logit is NaN"
+    expected.pop(2)
+    assert results == expected
+
+
+def test_a_step_that_fails_for_all_is_tried_one_by_one(model, monkeypatch):
+    """Memory that is short for a batch may do for one sequence."""
+    requests = [request_for(model, i) for i in range(5)]
+    append = model.backend.append
+
+    def short(k, v, bound, state):
+        if len(state) > 1:
+            raise MemoryError("no scratch for so many")
+        append(k, v, bound, state)
+
+    monkeypatch.setattr(model.backend, "append", short)
+    with Scheduler(model.engine) as scheduler:
+        results = [outcome(ticket) for ticket in [scheduler.submit(request) for request in requests]]
+    assert results == [alone(model, request) for request in requests]
+
+
+def test_the_limit_is_measured_or_given(model, monkeypatch):
+    free = model.backend.free_bytes()
+    with Scheduler(model.engine) as scheduler:
+        assert 0.5 * free < scheduler.stats().limit < free
+    request = request_for(model, 1)
+    held, scratch = Decoder(model.engine).needs(request.plan.layout)
+    with Scheduler(model.engine, limit=held + scratch - 1) as scheduler, pytest.raises(OutOfMemory, match="the limit"):
+        scheduler.submit(request)
+    with Scheduler(model.engine, limit=held + scratch) as scheduler:
+        assert outcome(scheduler.submit(request)) == alone(model, request)
+    with pytest.raises(ValueError, match="max_running is 0"):
+        Scheduler(model.engine, max_running=0)
+    monkeypatch.setattr(model.backend, "free_bytes", lambda: None)
+    with pytest.raises(BackendError, match="give the scheduler a limit"):
+        Scheduler(model.engine)
+
+
+def test_closing_drains_or_cancels_and_threads_end(model):
+    before = threading.active_count()
+    scheduler = Scheduler(model.engine)
+    ticket = scheduler.submit(request_for(model, 1))
+    scheduler.close()
+    assert ticket.error is None and ticket.state == "ended" and len(ticket.ids) == ticket._entry.request.max_new
+    with pytest.raises(SchedulerClosed, match="was closed"):
+        scheduler.submit(request_for(model, 1))
+    with pytest.raises(KeyError), Scheduler(model.engine) as scheduler:
+        ticket = scheduler.submit(request_for(model, 1))
+        raise KeyError
+    assert isinstance(ticket.error, RequestCancelled)
+    dropped = Scheduler(model.engine)
+    gone = weakref.ref(dropped)
+    ticket = dropped.submit(request_for(model, 1))
+    del dropped
+    gc.collect()
+    assert gone() is None and isinstance(outcome(ticket), RequestCancelled)
+    assert threading.active_count() == before
+
+
+def test_an_ended_request_holds_no_cache(model, monkeypatch):
+    """However it ends, its arena is given back at once, while the ticket and the error are still held."""
+    arenas, arena = [], model.backend.arena
+
+    def watched(nbytes):
+        made = arena(nbytes)
+        arenas.append(weakref.ref(made.base))
+        return made
+
+    monkeypatch.setattr(model.backend, "arena", watched)
+
+    def fail(token):
+        raise ZeroDivisionError
+
+    requests = [request_for(model, 1), request_for(model, 3, on_id=fail)]
+    layerwise = request_for(model, 5)
+    requests.append(replace(layerwise, plan=replace(layerwise.plan, choose=fail)))
+    gc.disable()
+    try:
+        with Scheduler(model.engine) as scheduler:
+            tickets = [scheduler.submit(request) for request in requests]
+            errors = [outcome(ticket) for ticket in tickets]
+            scheduler.close()
+            assert len(arenas) == len(errors) and all(ref() is None for ref in arenas)
+    finally:
+        gc.enable()
+
+
+def soak(model, n: int, seed: int) -> dict[str, int]:
+    """n requests with random lengths, plans, cancellations and injected failures; how many ended in which way."""
+    rng, ends, tickets, made = random.Random(seed), [], [], [request_for(model, i) for i in range(12)]
+
+    def fail(*_):
+        raise ZeroDivisionError("on purpose")
+
+    with Scheduler(model.engine, limit=3 * 2**20, max_running=8, pause=0.005) as scheduler:
+        for _ in range(n):
+            fate = rng.choice(["", "", "", "on_id", "on_step", "deadline", "cancel", "drop"])
+            request = replace(rng.choice(made), on_end=lambda error, _: ends.append(error))
+            request = replace(request, max_new=rng.randint(1, request.max_new), priority=rng.randint(0, 2),
+                              deadline=rng.uniform(0.001, 0.5) if fate == "deadline" else None,
+                              **({fate: fail} if fate.startswith("on_") else {}))
+            ticket = scheduler.submit(request)
+            if fate == "cancel":
+                threading.Timer(rng.uniform(0, 0.05), ticket.cancel).start()
+            if fate != "drop":
+                tickets.append(ticket)
+            del ticket
+            time.sleep(rng.uniform(0, 0.004))
+            assert scheduler.stats().bytes <= scheduler.stats().limit
+        for ticket in tickets:
+            assert ticket.wait(60)
+    stats = scheduler.stats()
+    assert len(ends) == n == stats.completed + stats.cancelled + stats.failed and stats.bytes == 0
+    return {"completed": stats.completed, "cancelled": stats.cancelled, "failed": stats.failed}
+
+
+def test_soak(model):
+    """200 requests: nothing is lost, nothing leaks. What the first 60 leave behind is the warm-up's."""
+    soak(model, 60, seed=1)
+    gc.collect()
+    before, threads = psutil.Process().memory_info().rss, threading.active_count()
+    ends = soak(model, 200, seed=2)
+    gc.collect()
+    assert min(ends.values()) >= 10, ends
+    assert psutil.Process().memory_info().rss - before < 4 * 2**20
+    assert threading.active_count() <= threads + 1  # a timer may still be about to end
