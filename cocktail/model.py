@@ -126,9 +126,9 @@ class Model:
 
         prompt: one user turn, or chat messages ({"role": "user", "content": "..."}), rendered by the model's chat
         template; raw=True, or a model without a template, completes the text as it stands. max_tokens: None for as many
-        as fit, at most 256. sampling: None is greedy. stop: texts to end before. stream=True returns an AnswerStream: iterate it for
-        pieces of text. progress(stage, done, total) reports "prefill". Raises PromptError where prompt and answer do
-        not fit the model's positions, OutOfMemory.
+        as fit, at most 256. sampling: None is greedy. stop: texts to end before. stream=True returns an AnswerStream:
+        iterate it for pieces of text. progress(stage, done, total) reports "prefill". Raises PromptError where prompt
+        and answer do not fit the model's positions, OutOfMemory.
         """
         ids = tuple(self._prompt_ids(prompt, raw))
         max_new = check_positions(self.config, len(ids), max_tokens)
