@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 import cocktail
 from bench.prompts import Prompt
-from bench.quality_forced import force
 from bench.quality_settings import Setting
 from cocktail.document import Document
 from cocktail.scorers import Scorer, Scores, load_scorer
@@ -24,6 +23,7 @@ from cocktail.scorers.hybrid import z_scores
 from runtime.arena import ArenaLayout
 from runtime.engine import Planned, Reading, read
 from runtime.errors import CocktailError, PlanError
+from runtime.forced import force
 from runtime.plan import FP16, HIDDEN, Plan
 from runtime.sampler import SamplingParams
 

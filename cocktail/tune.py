@@ -1,9 +1,9 @@
 """`python -m cocktail.tune MODEL --text FILE --out pairs.json`: KVTuner's offline search for the widths of each layer.
 
-Reads calibration prompts, profiles every layer's attention-output error under each pair of K and V bits and what that
-layer alone does to the answer, keeps each layer's Pareto front, clusters layers that are alike, and lets NSGA-II choose
-one pair per cluster: least mean KL to the FP16 cache for fewest bits, under a cap. Writes the pairs file that `--pairs`
-reads, a table and a plot.
+Reads calibration prompts, measures what each layer's K and V costs at each width by itself, keeps each layer's Pareto
+front, clusters layers that are alike, and lets NSGA-II choose one pair per cluster: least mean KL to the FP16 cache for
+fewest bits, under a cap. Writes the file that `--pairs` reads (the losses for policy budget, the pairs for the others),
+a table and a plot.
 
 The search goes on where it was interrupted: the same command with the same study file. Results go to stdout, progress
 to stderr. Exit codes: 0; 2 after an error, which is one line; 130 after Ctrl-C.
@@ -77,14 +77,15 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
+    import numpy as np
+
     import cocktail
-    from cocktail.policies.pairs import fingerprint
+    from cocktail.policies.pairs import LayerLosses, fingerprint
     from cocktail.summary import StageProgress
     from cocktail.tuning import report
     from cocktail.tuning.calibration import calibrate
-    from cocktail.tuning.profile import profile
     from cocktail.tuning.search import POPULATION, Search, front
-    from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, effects, pair_bits, parse_candidates
+    from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, pair_bits, parse_candidates
     from runtime.plan import Tier
 
     candidates, similar = parse_candidates(options.candidates or CANDIDATES), options.similar or SIMILAR
@@ -102,12 +103,9 @@ def _run(options: argparse.Namespace) -> None:
     progress = StageProgress(shown=not options.quiet)
     calibration = calibrate(model, prompts, chunk=options.chunk, answer_tokens=options.answer_tokens,
                             sink=options.sink, progress=progress.of("read"))
-    errors = study.profile
-    if errors is None:
-        errors = study.profile = profile(calibration, candidates, progress.of("profile"))
-    cheapest = min(range(len(candidates)), key=lambda i: pair_bits(candidates[i], options.chunk, config.head_dim))
-    alone = study.alone(config.n_layers, candidates[cheapest], calibration.kl, progress.of("layers"))
-    space = build_space(candidates, effects(errors, cheapest, alone), options.chunk, config.head_dim, similar)
+    losses = LayerLosses(*study.losses(config.n_layers, calibration.kl, progress.of("layers")), identity, options.out)
+    errors = np.sqrt([losses.of(candidates, layer) for layer in range(config.n_layers)])
+    space = build_space(candidates, errors, options.chunk, config.head_dim, similar)
     print(f"{len(space.clusters)} clusters of {config.n_layers} layers, {space.size:,} combinations; "
           f"cap {max_bits:.3f} bits", file=sys.stderr)
     even = study.even(space, calibration.kl, progress.of("even"))
@@ -116,7 +114,7 @@ def _run(options: argparse.Namespace) -> None:
 
     best = front(study.found(), max_bits)
     chosen = report.choose(best, even, options.choose, RIVAL)
-    report.write_pairs(options.out, chosen, best, even, identity, calibration.described)
+    report.write_pairs(options.out, chosen, best, even, losses, calibration.described)
     report.draw(options.plot or _beside(options.out, ".png"), chosen, study.found(), best, even)
     report.print_table(chosen, best, even, space)
     print(f"chosen: {chosen.bits:.3f} bits, KL {chosen.kl:.5f}; written to {options.out}")

@@ -15,7 +15,6 @@ from tiny_model import save_tiny_model
 import cocktail
 from bench import quality, quality_report
 from bench.prompts import Prompt, build_text
-from bench.quality_forced import force
 from bench.quality_measure import (
     ANSWER_TOKENS,
     Judges,
@@ -44,6 +43,7 @@ from bench.quality_sweeps import CHUNKS, SWEEPS, sweep_of
 from cocktail.scorers import load_scorer
 from runtime.engine import read
 from runtime.errors import PlanError, PromptError
+from runtime.forced import force
 from runtime.plan import FP16 as FP16_TIER
 from runtime.plan import DocumentShape, Plan, Tier
 

@@ -28,6 +28,7 @@ from runtime.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Who mended the cracked iron pan?"
+LOSSES = {side: {"2": [1, 0.1], "3": [0.3, 0.03], "4": [0.1, 0.01], "8": [1e-3, 1e-4]} for side in "KV"}
 CONTEXT = (ROOT / "examples/handbook.txt").read_text(encoding="utf-8")[:6000]
 
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder, "chat.safetensors")
     save_tiny_model(folder, "plain.safetensors", template=None)
     (folder / "doc.txt").write_text(CONTEXT, encoding="utf-8")
-    (folder / "pairs.json").write_text('{"version": 1, "pairs": ["K4V2", "K2V3"]}')
+    (folder / "pairs.json").write_text(json.dumps({"version": 1, "pairs": ["K4V2", "K2V3"], "losses": LOSSES}))
     return folder
 
 
@@ -110,7 +111,7 @@ def test_statistics_are_those_of_the_run(cli, document):
 
 def test_the_summary_names_every_tier(cli):
     _, _, err = cli(*ASK, "--show-plan")
-    for shown in ("FP16", "K8V4", "K4V3", "K3V2", "bits per value", "TTFT", "TPOT", "chunks, in document order"):
+    for shown in ("K8V4", "K4V3", "K4V2", "K2V2", "bits per value", "TTFT", "TPOT", "chunks, in document order"):
         assert shown in err
 
 
@@ -181,7 +182,7 @@ def test_in_place_the_answer_stays(document):
 
 def test_pairs_that_record_another_model_are_refused(cli, folder, document):
     engine = document.model.engine
-    data = {"version": 1, "pairs": ["K4V2", "K2V3"], "model": {"fingerprint": fingerprint(engine)}}
+    data = {"version": 1, "pairs": ["K4V2", "K2V3"], "losses": LOSSES, "model": {"fingerprint": fingerprint(engine)}}
     (folder / "own.json").write_text(json.dumps(data))
     (folder / "other.json").write_text(json.dumps(data | {"model": {"fingerprint": "0" * 16}}))
     for policy in ("kvtuner", "cocktail", "budget"):

@@ -19,7 +19,7 @@ from runtime.engine import read
 from runtime.errors import PlanError, ScorerError
 from runtime.layerwise import LayerwisePlan
 from runtime.model import Model as Engine
-from runtime.plan import FP16, Plan, Tier
+from runtime.plan import FP16, Plan
 from runtime.weights import load_weights
 
 TEXT = "The ferry to Merrow Point leaves at nine. Nobody has ever mended the cracked iron pan of the boathouse. " * 20
@@ -151,12 +151,14 @@ def test_ask_plan_compare_and_logits_agree(doc):
     np.testing.assert_array_equal(alone, compared["own"].logits[: len(alone)])
 
 
-def test_pairs_are_the_floor_of_each_layers_own_tiers(doc, tmp_path):
-    (tmp_path / "pairs.json").write_text(json.dumps({"version": 1, "pairs": ["K8V8", "K2V2"]}))
+def test_each_layer_has_the_counts_that_its_losses_ask_for(doc, tmp_path):
+    losses = {side: {width: [row, row / 1e4] for width, row in (("2", 1.0), ("3", 0.3), ("4", 0.1), ("8", 1e-3))}
+              for side in "KV"}
+    (tmp_path / "pairs.json").write_text(json.dumps({"version": 1, "losses": losses}))
     plan = doc.plan(QUESTION, scorer="attention", kv_bits=7, pairs=tmp_path / "pairs.json", max_tokens=2)
-    first, second = ({plan.layout.tiers[tier] for tier in chunks} for chunks in plan.assignment)
-    assert first <= {Tier(8, 8), FP16}
-    assert min(tier.k_bits for tier in second) < 8
+    first, second = ([plan.layout.tiers[tier] for tier in chunks] for chunks in plan.assignment)
+    assert min(tier.k_bits for tier in first) > min(tier.k_bits for tier in second)
+    assert sum(tier.k_bits + tier.v_bits for tier in first) > sum(tier.k_bits + tier.v_bits for tier in second)
     assert plan.policy == "budget (pairs)"
 
 

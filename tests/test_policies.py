@@ -1,5 +1,6 @@
 """Policies: the paper's thresholds and its pitfalls; a budget that is never exceeded, well spent, and monotone."""
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -9,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cocktail.policies import Policy, default_query, load_policy
-from cocktail.policies.budget import DEFAULT_TIERS, LADDER, MILESTONES, parse_bytes
+from cocktail.policies.budget import DEFAULT_TIERS, parse_bytes
+from cocktail.policies.path import SpendingPath
 from cocktail.scorers import load_scorer
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
@@ -208,6 +210,7 @@ def budget(**options: object) -> Policy:
     return load_policy("budget", **options)
 
 
+LADDER = tuple(map(Tier.parse, ("K2V2", "K3V2", "K4V2", "K4V3", "K4V4", "K8V4", "K8V8", "FP16")))
 BITS = st.floats(2, 20) | st.sampled_from([3.0, 3.3, 16.0])
 
 
@@ -246,7 +249,7 @@ def test_bytes_of_the_whole_arena_are_never_exceeded(scored: tuple[DocumentShape
 @given(shape=SHAPES, bits=BITS, sink=SINKS)
 @example(shape=shape_of(50), bits=3.3, sink=1)
 def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShape, bits: float, sink: int) -> None:
-    """Some single upgrade of one chunk by one tier of the ladder no longer fits; FP16 throughout needs none."""
+    """Some single upgrade of one chunk to the next tier no longer fits; FP16 throughout needs none."""
     try:
         plan = budget(kv_bits=bits, sink=sink).plan(shape, np.zeros(shape.n_chunks, np.float32))
     except PlanError:
@@ -254,10 +257,12 @@ def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShap
     tiers = tiers_of(plan)
     if all(tier in (FP16, HIDDEN) for tier in tiers):
         return
-    upgraded = []
+    upgraded, path = [], SpendingPath(shape, 1, DEFAULT_TIERS)
+    chain = [next(iter(+path.counts(step)[0])) for step in range(path.steps + 1)]
+    assert chain[0] == INT2 and chain[-1] == FP16
     for i, tier in enumerate(tiers):
         if tier not in (FP16, HIDDEN):
-            better = [*tiers[:i], DEFAULT_TIERS[DEFAULT_TIERS.index(tier) + 1], *tiers[i + 1:]]
+            better = [*tiers[:i], chain[chain.index(tier) + 1], *tiers[i + 1:]]
             counts = {t: better.count(t) for t in better}
             upgraded.append(ArenaLayout(shape.layout(counts.keys(), counts.values())).context_bytes)
     values = 8 * ArenaLayout(plan.layout).context_bytes / bits_per_value(plan)
@@ -266,10 +271,10 @@ def test_what_is_left_of_the_budget_is_less_than_one_upgrade(shape: DocumentShap
 
 @settings(deadline=None)
 @given(scored=scored_shapes(), bits=st.tuples(BITS, BITS).map(sorted), sink=SINKS,
-       tiers=st.sets(st.sampled_from(LADDER), min_size=1).map(lambda t: tuple(sorted(t, key=LADDER.index))))
-@example(scored=(shape_of(30, chunk=8, head_dim=4), np.zeros(30, np.float32)), bits=[5.0, 5.5], sink=0, tiers=LADDER)
+       tiers=st.none() | st.sets(st.sampled_from(LADDER), min_size=1).map(lambda t: sorted(t, key=LADDER.index)))
+@example(scored=(shape_of(30, chunk=8, head_dim=4), np.zeros(30, np.float32)), bits=[5.0, 5.5], sink=0, tiers=None)
 def test_more_budget_never_takes_bits_from_a_chunk(scored: tuple[DocumentShape, np.ndarray], bits: list[float],
-                                                   sink: int, tiers: tuple[Tier, ...]) -> None:
+                                                   sink: int, tiers: list[Tier] | None) -> None:
     shape, scores = scored
     try:
         less, more = (budget(kv_bits=b, sink=sink, tiers=tiers).plan(shape, scores) for b in bits)
@@ -291,7 +296,7 @@ def test_large_budget_is_fp16_throughout_and_the_minimum_is_k2v2() -> None:
 
 
 @pytest.mark.parametrize(("bits", "low", "middle", "high"), [
-    (3.3, Tier(3, 2), (0.25, 0.35), (0.02, 0.04)), (3.8, Tier(4, 3), (0.6, 0.8), (0.04, 0.06)),
+    (3.3, Tier(3, 2), (0.2, 0.3), (0.015, 0.035)), (3.8, Tier(4, 3), (0.45, 0.65), (0.03, 0.05)),
 ])
 def test_usual_budgets_give_the_measured_mixes(bits: float, low: Tier, middle: tuple[float, float],
                                                high: tuple[float, float]) -> None:
@@ -325,8 +330,8 @@ def test_default_is_3_3_bits_and_never_less_than_the_measured_mix() -> None:
                          for n, sink in ((1000, None), (20, None), (20, 1)))
     assert 3.29 < bits_per_value(long) <= Fraction("3.3") and long.notes == ()
     assert bits_per_value(short) <= Fraction("3.3") and INT2 not in tiers_of(short) and short.notes == ()
-    assert tiers_of(sunk).count(Tier(3, 2)) == 16 and INT2 not in tiers_of(sunk)
-    assert len(sunk.notes) == 1 and "3.83 bits per value" in sunk.notes[0]
+    assert tiers_of(sunk).count(Tier(3, 2)) == 14 and tiers_of(sunk).count(INT2) == 1
+    assert len(sunk.notes) == 1 and re.match(r"3\.7[0-9] bits per value, above the usual 3\.3", sunk.notes[0])
 
 
 def test_tiers_left_out_send_their_chunks_one_higher() -> None:
@@ -351,7 +356,7 @@ def test_fixed_shares() -> None:
     ({"kv_budget": "lots"}, "kv_budget is 'lots'"), ({"kv_budget": -5}, "kv_budget is -5"),
     ({"tiers": "K4V4,K2V2"}, "low to high"), ({"tiers": "K4V2,K2V4"}, "low to high"), ({"tiers": ""}, "tier ''"),
     ({"tiers": ()}, "low to high"), ({"tiers": "K4V4,K4V4"}, "low to high"), ({"tiers": "K0V0,K4V4"}, "width 0"),
-    ({"tiers": "K2V3,K4V8"}, "with a budget expected some of K2V2"), ({"shares": (0.1,)}, "1 shares for 7 tiers"),
+    ({"shares": (0.1,)}, "shares but no tiers"), ({"tiers": "K2V2,K4V4", "shares": (0.1, 0.2)}, "2 shares for 2 tiers"),
     ({"tiers": "K2V2,K4V4", "shares": (1.1,)}, "sum of at most 1"), ({"tiers": "K2V2,K4V4", "shares": "a"}, "numbers"),
     ({"tiers": "K2V2,K4V4", "shares": (float("nan"),)}, "numbers from 0 to 1"),
 ])
@@ -372,11 +377,3 @@ def test_bytes_are_parsed(text: int | str, expected: int) -> None:
 def test_other_byte_texts_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match="expected bytes"):
         parse_bytes(text)
-
-
-def test_milestones_rise_along_the_path_and_fall_along_the_ladder() -> None:
-    """What makes every step an upgrade of a rank that already has the tier below."""
-    shares = np.array(MILESTONES)
-    assert shares.shape[1] == len(LADDER) - 1
-    assert (shares[0] == 0).all() and (shares[-1] == 1).all()
-    assert (np.diff(shares, axis=0) >= 0).all() and (np.diff(shares, axis=1) <= 0).all()

@@ -1,4 +1,4 @@
-"""Policies with widths per layer: uniform, kvtuner, pairs as a floor under cocktail and budget; then the ablations."""
+"""Policies with widths per layer: uniform, kvtuner, pairs as a floor under cocktail, losses under budget; ablations."""
 
 import json
 from collections import Counter
@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policies import BITS, SHAPES, SINKS, scored_shapes, shape_of, tiers_of
 
-from cocktail.policies import Policy, load_policy
-from cocktail.policies.pairs import LayerPairs
+from cocktail.policies import load_policy
+from cocktail.policies.budget import DEFAULT_TIERS
+from cocktail.policies.pairs import LOSS_WIDTHS, LayerLosses, LayerPairs
+from cocktail.policies.path import STEEPNESS, SpendingPath
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
 from runtime.formats import block_bytes
@@ -93,7 +95,7 @@ def test_kvtuners_bytes_are_the_sum_over_its_layers(case: tuple[DocumentShape, n
     ("uniform", {}, "policy uniform needs a tier"), ("uniform", {"tier": "INT4"}, "of the form K3V2"),
     ("uniform", {"tier": "K0V0"}, "stores nothing"), ("uniform", {"tier": "K5V5"}, "k_bits is 5"),
     ("uniform", {"tier": "K4V4", "sink": -1}, "sink"), ("kvtuner", {}, "policy kvtuner needs pairs"),
-    ("kvtuner", {"pairs_bits": 3.0}, "needs pairs"), ("budget", {"pairs_bits": 3.0}, "no pairs file"),
+    ("kvtuner", {"pairs_bits": 3.0}, "needs pairs"), ("budget", {"pairs_bits": 3.0}, "no option pairs_bits"),
     ("cocktail", {"pairs_bits": 3.0}, "no pairs file"), ("budget", {"no_search": True}, "no option no_search"),
     ("uniform", {"tier": "K4V4", "pairs": "x"}, "no option pairs"),
 ])
@@ -103,13 +105,6 @@ def test_invalid_options_are_refused(name: str, options: dict[str, object], mess
 
 
 # Pairs as a floor.
-
-FLOORED = st.sampled_from(["cocktail", "budget"])
-
-
-def floored(name: str, bits: float, sink: int, pairs: LayerPairs | None) -> Policy:
-    return load_policy(name, sink=sink, pairs=pairs, **({"kv_bits": bits} if name == "budget" else {}))
-
 
 @settings(deadline=None)
 @given(case=layered(), sink=SINKS)
@@ -125,48 +120,78 @@ def test_cocktail_on_pairs_lifts_its_own_tiers_to_each_layers_pair(case: tuple[D
 
 
 @settings(deadline=None)
-@given(case=layered(), bits=BITS, sink=SINKS)
-def test_a_budget_on_pairs_is_kept_and_never_below_a_pair(case: tuple[DocumentShape, np.ndarray, LayerPairs],
-                                                          bits: float, sink: int) -> None:
-    shape, scores, pairs = case
-    policy = load_policy("budget", kv_bits=bits, sink=sink, pairs=pairs)
+@given(scored=scored_shapes(), sink=SINKS)
+def test_pairs_of_the_lowest_tier_change_nothing(scored: tuple[DocumentShape, np.ndarray], sink: int) -> None:
+    shape, scores = scored
+    plain = load_policy("cocktail", sink=sink).plan(shape, scores)
+    floored = load_policy("cocktail", sink=sink, pairs=pairs_of(*[LOWEST] * shape.n_layers)).plan(shape, scores)
+    assert tiers_of(floored) == tiers_of(plain)
+
+
+# What each layer loses.
+
+LOSS = st.sampled_from([0.0, 1e-9]) | st.floats(1e-8, 1)
+ROWS = st.fixed_dictionaries(dict.fromkeys(LOSS_WIDTHS, LOSS))  # more bits may seem to lose more
+
+
+def losses_of(k: list[dict[int, float]], v: list[dict[int, float]]) -> LayerLosses:
+    return LayerLosses(*({width: tuple(row[width] for row in side) for width in LOSS_WIDTHS} for side in (k, v)),
+                       {}, "test.json")
+
+
+@st.composite
+def lossy(draw: st.DrawFn) -> tuple[DocumentShape, np.ndarray, LayerLosses]:
+    """A shape, its scores, and what each of its layers loses."""
+    shape, scores = draw(scored_shapes())
+    return shape, scores, losses_of(*(draw(st.lists(ROWS, min_size=shape.n_layers, max_size=shape.n_layers))
+                                      for _ in "KV"))
+
+
+@settings(deadline=None)
+@given(case=lossy(), bits=BITS, sink=SINKS)
+def test_a_budget_is_kept_whatever_the_layers_lose(case: tuple[DocumentShape, np.ndarray, LayerLosses], bits: float,
+                                                   sink: int) -> None:
+    shape, scores, losses = case
+    policy = load_policy("budget", kv_bits=bits, sink=sink, pairs=losses)
     try:
         plan = policy.plan(shape, scores)
     except PlanError as error:
         least = float(str(error).split("expected at least ")[1].split(",")[0])
         assert least > bits
-        bits, policy = least, load_policy("budget", kv_bits=least, sink=sink, pairs=pairs)
+        bits, policy = least, load_policy("budget", kv_bits=least, sink=sink, pairs=losses)
         plan = policy.plan(shape, scores)
     assert bits_per_value(plan) <= Fraction(str(bits))
-    for layer, pair in enumerate(pairs.pairs):
+    for layer in range(shape.n_layers):
         for chunk, tier in enumerate(tiers_in(plan, layer)):
-            assert tier == join(tier, pair)
             assert (tier == HIDDEN) == (chunk in shape.hidden_chunks())
             assert tier in (FP16, HIDDEN) or chunk >= sink
     assert policy.layout(shape) == policy.layout(shape, scores)  # no score changes the bytes
+    assert plan.policy == "budget (pairs)"
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 @settings(deadline=None)
-@given(case=layered(), nbytes=st.integers(1, 3_000_000))
-def test_bytes_of_the_whole_arena_are_kept_on_pairs(case: tuple[DocumentShape, np.ndarray, LayerPairs],
-                                                    nbytes: int) -> None:
-    shape, scores, pairs = case
+@given(case=lossy(), nbytes=st.integers(1, 3_000_000))
+def test_bytes_of_the_whole_arena_are_kept_whatever_the_layers_lose(
+        case: tuple[DocumentShape, np.ndarray, LayerLosses], nbytes: int) -> None:
+    shape, scores, losses = case
     try:
-        plan = load_policy("budget", kv_budget=nbytes, pairs=pairs).plan(shape, scores)
+        plan = load_policy("budget", kv_budget=nbytes, pairs=losses).plan(shape, scores)
     except PlanError as error:
         least = int(str(error).split("expected at least ")[1].split(", which")[0].replace(",", ""))
-        assert "or the layer's pair" in str(error) and least > nbytes
-    else:
-        assert ArenaLayout(plan.layout).nbytes <= nbytes
+        assert least > nbytes
+        plan = load_policy("budget", kv_budget=least, pairs=losses).plan(shape, scores)
+        nbytes = least
+    assert ArenaLayout(plan.layout).nbytes <= nbytes
 
 
 @settings(deadline=None)
-@given(case=layered(), bits=st.tuples(BITS, BITS).map(sorted))
-def test_more_budget_takes_bits_from_no_chunk_of_any_layer(case: tuple[DocumentShape, np.ndarray, LayerPairs],
+@given(case=lossy(), bits=st.tuples(BITS, BITS).map(sorted))
+def test_more_budget_takes_bits_from_no_chunk_of_any_layer(case: tuple[DocumentShape, np.ndarray, LayerLosses],
                                                            bits: list[float]) -> None:
-    shape, scores, pairs = case
+    shape, scores, losses = case
     try:
-        less, more = (load_policy("budget", kv_bits=b, pairs=pairs).plan(shape, scores) for b in bits)
+        less, more = (load_policy("budget", kv_bits=b, pairs=losses).plan(shape, scores) for b in bits)
     except PlanError:
         return
     for layer in range(shape.n_layers):
@@ -175,76 +200,65 @@ def test_more_budget_takes_bits_from_no_chunk_of_any_layer(case: tuple[DocumentS
 
 
 @settings(deadline=None)
-@given(case=layered(), name=FLOORED, sink=SINKS)
-def test_higher_scores_never_get_fewer_bits_in_any_layer(case: tuple[DocumentShape, np.ndarray, LayerPairs],
-                                                         name: str, sink: int) -> None:
-    shape, scores, pairs = case
-    plan = floored(name, 16.5, sink, pairs).plan(shape, scores) if name == "cocktail" else load_policy(
-        name, sink=sink, pairs=pairs).plan(shape, scores)
+@given(case=lossy(), bits=BITS, sink=SINKS, factor=st.floats(1, 1000))
+def test_who_loses_more_never_gets_fewer_bits(case: tuple[DocumentShape, np.ndarray, LayerLosses], bits: float,
+                                              sink: int, factor: float) -> None:
+    """Neither the chunk of the higher score in any layer, nor the layer that loses `factor` times as much as another
+    at every width. Losses too small to be told from none are left out of the second."""
+    shape, scores, losses = case
+    k, v = ({width: tuple(row[0] * factor**layer for layer in range(shape.n_layers)) for width, row in side.items()}
+            for side in (losses.k, losses.v))
+    proportional = LayerLosses(k, v, {}, "test.json")
     first = max(sink, len(shape.hidden_chunks()))
-    for layer in range(shape.n_layers):
-        ranked = sorted(zip(scores[first:], map(str, tiers_in(plan, layer)[first:]), strict=True))
-        for (a, less), (b, more) in pairwise(ranked):
-            assert a == b or join(Tier.parse(less), Tier.parse(more)) == Tier.parse(more)
-
-
-@settings(deadline=None)
-@given(scored=scored_shapes(), name=FLOORED, bits=BITS, sink=SINKS)
-def test_pairs_of_the_lowest_tier_change_nothing(scored: tuple[DocumentShape, np.ndarray], name: str, bits: float,
-                                                 sink: int) -> None:
-    shape, scores = scored
-    pairs = pairs_of(*[LOWEST] * shape.n_layers)
-    try:
-        plain = floored(name, bits, sink, None).plan(shape, scores)
-    except PlanError:
-        with pytest.raises(PlanError):
-            floored(name, bits, sink, pairs).plan(shape, scores)
-        return
-    assert tiers_of(floored(name, bits, sink, pairs).plan(shape, scores)) == tiers_of(plain)
-
-
-def test_at_the_pairs_own_bytes_a_budget_is_kvtuner() -> None:
-    shape, scores = shape_of(40, layers=3), np.arange(40, dtype=np.float32)
-    pairs = pairs_of(Tier(4, 2), Tier(2, 2), Tier(8, 4))
-    alone = load_policy("kvtuner", pairs=pairs).plan(shape)
-    both = load_policy("budget", pairs=pairs, kv_budget=ArenaLayout(alone.layout).nbytes).plan(shape, scores)
-    assert [tiers_in(both, layer) for layer in range(3)] == [tiers_in(alone, layer) for layer in range(3)]
-    # A little more goes to the best chunks, in the layers whose pair is below the first step.
-    more = load_policy("budget", pairs=pairs, kv_budget=ArenaLayout(alone.layout).nbytes + 6000).plan(shape, scores)
-    assert tiers_in(more, 1)[-1] != LOWEST and tiers_in(more, 1)[1] == LOWEST
-    assert tiers_in(more, 2) == tiers_in(alone, 2)
-
-
-@settings(deadline=None)
-@given(shape=SHAPES, bits=BITS, sink=SINKS)
-def test_a_budget_takes_the_best_trade_off_that_leaves_room_for_its_lifts(tmp_path_factory, shape: DocumentShape,
-                                                                          bits: float, sink: int) -> None:
-    """As written out: the plan is that of some trade-off given alone, no better one has the first lifts, and where none
-    has them it is the cheapest."""
-    layers = [["K2V2"] * shape.n_layers, ["K4V2"] + ["K2V2"] * (shape.n_layers - 1), ["K4V4"] * shape.n_layers]
-    entries = [{"bits": float(i), "kl": 1 / (i + 1), "pairs": pairs} for i, pairs in enumerate(layers)]
-    path = write(tmp_path_factory.mktemp("pairs"), version=1, pairs=["K8V8"] * shape.n_layers, pareto=entries)
-    scores = np.arange(shape.n_chunks, dtype=np.float32)
-    alone = []
-    for entry in entries:
+    for given_losses in (losses, proportional):
         try:
-            alone.append(load_policy("budget", kv_bits=bits, sink=sink, pairs=path, pairs_bits=entry["bits"]).plan(
-                shape, scores))
+            plan = load_policy("budget", kv_bits=bits, sink=sink, pairs=given_losses).plan(shape, scores)
         except PlanError:
-            alone.append(None)
-    if alone[0] is None:
-        with pytest.raises(PlanError, match="K2V2 or the layer's pair"):
-            load_policy("budget", kv_bits=bits, sink=sink, pairs=path).plan(shape, scores)
+            return
+        for layer in range(shape.n_layers):
+            ranked = sorted(zip(scores[first:], map(str, tiers_in(plan, layer)[first:]), strict=True))
+            for (a, less), (b, more) in pairwise(ranked):
+                assert a == b or join(Tier.parse(less), Tier.parse(more)) == Tier.parse(more)
+    if min(min(k[width][0], v[width][0]) for width in LOSS_WIDTHS) < 1e-8:
         return
-    ranked = shape.n_chunks - max(len(shape.hidden_chunks()), min(sink, shape.n_chunks))
-    def lifts(plan: Plan | None, least: Tier, share: float) -> bool:
-        lifted = 0 if plan is None else min(sum(join(tier, least) == tier for tier in tiers_in(plan, layer)[-ranked:])
-                                            for layer in range(shape.n_layers))
-        return plan is not None and (ranked == 0 or lifted >= int(ranked * share + 0.5))
-    first = ((Tier(3, 2), 0.675), (Tier(4, 3), 0.125), (Tier(4, 4), 0.03), (Tier(8, 4), 0.015))
-    roomy = [plan for plan in alone if all(lifts(plan, *lift) for lift in first)]
-    expected = roomy[-1] if roomy else alone[0]
-    assert load_policy("budget", kv_bits=bits, sink=sink, pairs=path).plan(shape, scores) == expected
+    for layer in range(shape.n_layers - 1):
+        for less, more in zip(tiers_in(plan, layer), tiers_in(plan, layer + 1), strict=True):
+            assert join(less, more) == more or factor == 1
+
+
+@settings(deadline=None)
+@given(case=lossy(), share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_nothing_of_as_many_bytes_loses_less(case: tuple[DocumentShape, np.ndarray, LayerLosses], share: float,
+                                             seed: int) -> None:
+    """Any first steps against chunks at random tiers, whose best ranks take the most bits: what all of them lose by
+    the weights of their ranks."""
+    shape, _, losses = case
+    ranked, rng = shape.n_chunks, np.random.default_rng(seed)
+    path = SpendingPath(shape, ranked, DEFAULT_TIERS, losses)
+    steps = int(share * path.steps)
+    nbytes = np.array([block_total(shape, tier) for tier in DEFAULT_TIERS])
+    loss = np.array([losses.of(DEFAULT_TIERS, layer) for layer in range(shape.n_layers)])
+    weights = (np.arange(ranked) + 0.5) ** -STEEPNESS
+
+    def lost(chosen: np.ndarray) -> float:
+        return float((np.take_along_axis(loss, chosen, 1) * weights).sum())
+
+    best = np.array([[DEFAULT_TIERS.index(tier) for tier in sorted(
+        counts.elements(), key=lambda tier: -tier.k_bits - tier.v_bits)] for counts in path.counts(steps)], np.int64)
+    best = best.reshape(shape.n_layers, ranked)
+    assert nbytes[best].sum() == path.spent[steps]
+    for _ in range(20):
+        other = rng.integers(len(DEFAULT_TIERS), size=best.shape)
+        cheaper = rng.random(best.shape) < rng.random()
+        other[cheaper] = np.minimum(other, best)[cheaper]
+        if nbytes[other].sum() <= path.spent[steps]:
+            assert lost(best) <= lost(other) * (1 + 1e-9) + 1e-9
+
+
+def block_total(shape: DocumentShape, tier: Tier) -> int:
+    """Bytes of one chunk in one layer with its position, before alignment."""
+    return 4 + shape.n_kv_heads * sum(sum(block_bytes(kind, bits, shape.chunk, shape.head_dim))
+                                      for kind, bits in (("K", tier.k_bits), ("V", tier.v_bits)))
 
 
 # The file.
@@ -291,6 +305,37 @@ def test_a_broken_list_of_trade_offs_is_refused(tmp_path: Path, pareto: object) 
         LayerPairs.load(path, 3)
 
 
+LOSSES = {side: {str(width): [0.1, 0.2] for width in LOSS_WIDTHS} for side in "KV"}
+
+
+def test_a_file_of_losses_is_read_and_is_for_so_many_layers(tmp_path: Path) -> None:
+    path = write(tmp_path, version=1, pairs=["K2V2"], losses=LOSSES | {"V": {str(w): [w, 0] for w in LOSS_WIDTHS}})
+    losses = LayerLosses.load(path)
+    assert losses.k[3] == (0.1, 0.2) and losses.v[4] == (4.0, 0.0)
+    np.testing.assert_allclose(losses.of([Tier(2, 4), Tier(16, 3), FP16], 0), [4.1, 3, 0])
+    scores = np.zeros(9, np.float32)
+    assert load_policy("budget", kv_bits=4, pairs=str(path)).plan(shape_of(9), scores)
+    with pytest.raises(PlanError, match=r"pairs\.json is for 2 layers; the model has 3 layers"):
+        load_policy("budget", kv_bits=4, pairs=path).plan(shape_of(9, layers=3), scores)
+    other = write(tmp_path, version=1, losses=LOSSES, model={"head_dim": 128})
+    with pytest.raises(PlanError, match="whose head_dim is 128; this one's is 64"):
+        load_policy("budget", kv_bits=4, pairs=other).layout(shape_of(9))
+
+
+@pytest.mark.parametrize(("losses", "message"), [
+    (None, 'has no "losses", which policy budget goes by'), ({"K": LOSSES["K"]}, '"losses" has no "V" with the widths'),
+    (3, 'has no "K"'), (LOSSES | {"K": {"2": [1]}}, 'has no "K" with the widths 2, 3, 4, 8'),
+    (LOSSES | {"V": LOSSES["V"] | {"16": [0, 0]}}, 'has no "V" with'),
+    (LOSSES | {"V": LOSSES["V"] | {"2": [0.1]}}, "of V are for different numbers of layers"),
+    *((LOSSES | {"K": LOSSES["K"] | {"3": row}}, "of K are not lists of nats")
+      for row in ([-1, 0], ["a", 0], [float("nan"), 0], [True, 0], [], 3)),
+])
+def test_losses_that_are_none_are_refused_by_name(tmp_path: Path, losses: object, message: str) -> None:
+    path = write(tmp_path, version=1, pairs=["K2V2", "K2V2"], **({} if losses is None else {"losses": losses}))
+    with pytest.raises(PlanError, match="pairs.json.*" + message):
+        load_policy("budget", pairs=path)
+
+
 def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"nowhere\.json: No such file"):
         load_policy("kvtuner", pairs=tmp_path / "nowhere.json")
@@ -299,10 +344,10 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
         load_policy("budget", pairs=str(tmp_path / "broken.json"))
 
 
-@pytest.mark.parametrize("name", ["kvtuner", "cocktail", "budget"])
+@pytest.mark.parametrize("name", ["kvtuner", "cocktail"])
 def test_pairs_of_another_model_are_refused(name: str) -> None:
     shape, scores = shape_of(5), np.zeros(5, np.float32)
-    with pytest.raises(PlanError, match=r"test\.json has 3 pairs; the model has 2 layers"):
+    with pytest.raises(PlanError, match=r"test\.json is for 3 layers; the model has 2 layers"):
         load_policy(name, pairs=pairs_of(*[LOWEST] * 3)).plan(shape, scores)
     with pytest.raises(PlanError, match="whose head_dim is 128; this one's is 64"):
         load_policy(name, pairs=pairs_of(*[LOWEST] * 2, n_layers=2, head_dim=128)).plan(shape, scores)

@@ -1,4 +1,4 @@
-"""The search for pairs: fronts and clusters, the profile against an oracle, the study, and the command line."""
+"""The search for pairs: what they cost against an oracle, fronts and clusters, the study, and the command line."""
 
 import json
 import sys
@@ -20,11 +20,11 @@ from cocktail import tune
 from cocktail.model import Model
 from cocktail.policies import load_policy
 from cocktail.policies.pairs import LayerPairs
+from cocktail.tuning import calibration as calibration_module
 from cocktail.tuning import report
 from cocktail.tuning.calibration import Calibration, Prompt, calibrate, log_softmax, prompts_of_text, read_prompts
-from cocktail.tuning.profile import profile
 from cocktail.tuning.search import Found, Search, front
-from cocktail.tuning.space import CANDIDATES, Space, build_space, effects, pair_bits, pareto, parse_candidates
+from cocktail.tuning.space import CANDIDATES, Space, build_space, pair_bits, pareto, parse_candidates
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.errors import PromptError, TuneError
@@ -77,23 +77,22 @@ def test_what_was_calibrated_on_is_described(calibration: Calibration) -> None:
         "answer_tokens": sum(len(sample.answer) - 1 for sample in calibration.samples)}
 
 
-# Profile, fronts, clusters.
-
-def test_the_profile_equals_the_oracles(path: Path, model: Model, calibration: Calibration) -> None:
-    """The same answers through attention in float64 over decoded values; FP16 costs nothing, bits never hurt much."""
-    candidates = (*TIERS, FP16)
-    errors = profile(calibration, candidates)
+def test_the_cost_is_the_oracles(path: Path, model: Model, calibration: Calibration, monkeypatch) -> None:
+    """The same answers through attention in float64 over decoded values, a token at a time."""
     with Checkpoint.open(path) as checkpoint:
         engine = Engine(checkpoint.config, load_weights(checkpoint, NumpyBackend()), NumpyBackend())
     prompts = [replace(prompt, answer=model.tokenizer.decode(sample.answer, skip_special=False))
                for prompt, sample in zip(PROMPTS, calibration.samples, strict=True)]
+    tried = ([Tier(2, 16), FP16], [FP16, Tier(16, 3)], [Tier(4, 2), Tier(2, 4)])
+    found = [calibration.kl(pairs) for pairs in tried]
+    assert min(found) > 1e-6 and abs(calibration.kl([FP16, FP16])) < 1e-7
+    monkeypatch.setattr(calibration_module, "force", lambda reading, answer, cache: reading.force(answer, cache))
     oracle = calibrate(Model(engine, model.tokenizer, model.template), prompts, answer_tokens=8)
     assert [sample.answer for sample in oracle.samples] == [sample.answer for sample in calibration.samples]
-    assert errors.shape == (2, 5)
-    np.testing.assert_allclose(errors, profile(oracle, candidates), rtol=0.02, atol=1e-6)
-    assert (errors[:, -1] == 0).all() and (errors[:, :-1] > 0).all()
-    assert (errors[:, 0] > 3 * errors[:, 3]).all()
+    assert found == pytest.approx([oracle.kl(pairs) for pairs in tried], rel=0.05, abs=1e-6)
 
+
+# Fronts and clusters.
 
 NUMBERS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
 
@@ -126,12 +125,6 @@ def test_bits_of_a_pair_are_those_of_its_arena(model: Model) -> None:
         values = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * shape.chunk * shape.n_chunks
         room = 8 * shape.n_layers * (4 * shape.n_chunks + 12 * 64) / values
         assert 0 <= sizes.context_bits_per_value - pair_bits(tier, shape.chunk, shape.head_dim) < room
-
-
-def test_a_layers_errors_count_by_what_it_costs_alone() -> None:
-    errors, alone = np.array([[0.4, 0.2], [0.1, 0.05], [0.0, 0.0]]), np.array([0.01, 0.09, 0.0])
-    found = effects(errors, 0, alone)
-    np.testing.assert_allclose(np.square(found), [[0.01, 0.0025], [0.09, 0.0225], [0, 0]])
 
 
 # The search, with a made-up cost: each layer's own weight times what its pair loses.
@@ -232,26 +225,20 @@ def test_the_same_seed_finds_the_same(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_the_profile_is_kept(tmp_path: Path) -> None:
-    study = Search(tmp_path / "a.study", {})
-    assert study.profile is None
-    errors = np.random.default_rng(0).random((3, 4))
-    study.profile = errors
-    np.testing.assert_array_equal(Search(tmp_path / "a.study", {}).profile, errors)
-
-
-def test_what_layers_cost_alone_is_measured_once(tmp_path: Path) -> None:
+def test_what_layers_lose_is_measured_once(tmp_path: Path) -> None:
     measured: list[tuple[Tier, ...]] = []
     def measure(pairs: Sequence[Tier]) -> float:
-        if len(measured) == 3:
+        if len(measured) == 7:
             raise KeyboardInterrupt
         measured.append(tuple(pairs))
-        return float(len(measured))
+        return len(measured) - 2.0  # rounding may leave a little less than nothing
     with pytest.raises(KeyboardInterrupt):
-        Search(tmp_path / "a.study", {}).alone(5, TIERS[0], measure)
-    found = Search(tmp_path / "a.study", {}).alone(5, TIERS[0], lambda pairs: measured.append(tuple(pairs)) or 9.0)
-    assert found.tolist() == [1, 2, 3, 9, 9]
-    assert measured == [(FP16,) * layer + (TIERS[0],) + (FP16,) * (4 - layer) for layer in range(5)]
+        Search(tmp_path / "a.study", {}).losses(2, measure)
+    k, v = Search(tmp_path / "a.study", {}).losses(2, lambda pairs: measured.append(tuple(pairs)) or 25.6)
+    assert k == {2: (0, 0), 3: (1, 2), 4: (3, 4), 8: (3 / 256, 4 / 256)}
+    assert v == {2: (5, 25.6), 3: (25.6, 25.6), 4: (25.6, 25.6), 8: (0.1, 0.1)}
+    assert measured == [pairs for bits in (2, 3, 4) for pairs in ((Tier(bits, 16), FP16), (FP16, Tier(bits, 16)))
+                        ] + [pairs for bits in (2, 3, 4) for pairs in ((Tier(16, bits), FP16), (FP16, Tier(16, bits)))]
 
 
 def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:

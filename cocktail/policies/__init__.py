@@ -150,28 +150,32 @@ def labelled(name: str, **marks: object) -> str:
 
 def layout_of(shape: DocumentShape, counts: Mapping[Tier, int], pairs: LayerPairs | None = None,
               formats: Formats | None = None) -> Layout:
-    """The Layout with the tiers of `counts` that hold a chunk, in that order; the same in every layer. formats: None
-    for this project's own.
-
-    With pairs, each layer lifts the tiers to its own pair, and the order is by bits, most first: in every layer a
-    higher tier of `counts` comes before a lower one.
-    """
-    used = {tier: count for tier, count in counts.items() if count} or {FP16: 0}
-    if formats is not None:
-        formats.check_shape(shape)
-    family: dict[str, Any] = {} if formats is None else {"formats": formats.family, "calibration": formats.file}
+    """The Layout in which every layer has these counts; with pairs each layer lifts the tiers to its own pair. formats:
+    None for this project's own."""
     if pairs is None:
-        return shape.layout(used.keys(), used.values(), **family)
+        return layout_of_layers(shape, [counts], formats)
     pairs.check(shape)
     layers = []
     for layer in range(shape.n_layers):
         lifted: Counter[Tier] = Counter()
-        for tier, count in used.items():
+        for tier, count in counts.items():
             lifted[pairs.lift(tier, layer)] += count
         layers.append(lifted)
-    tiers = sorted(set().union(*layers), key=lambda tier: (tier.k_bits + tier.v_bits, tier.k_bits), reverse=True)
-    return replace(shape.layout(tiers, [layers[0][tier] for tier in tiers], **family),
-                   counts=tuple(tuple(lifted[tier] for tier in tiers) for lifted in layers))
+    return layout_of_layers(shape, layers, formats)
+
+
+def layout_of_layers(shape: DocumentShape, layers: Sequence[Mapping[Tier, int]],
+                     formats: Formats | None = None) -> Layout:
+    """The Layout of each layer's counts, or of one for all, with the tiers that hold a chunk anywhere, most bits first:
+    of two tiers of which one has no fewer bits of K and of V, it comes first."""
+    if formats is not None:
+        formats.check_shape(shape)
+    family: dict[str, Any] = {} if formats is None else {"formats": formats.family, "calibration": formats.file}
+    used = {tier for counts in layers for tier, count in counts.items() if count} or {FP16}
+    tiers = sorted(used, key=lambda tier: (tier.k_bits + tier.v_bits, tier.k_bits), reverse=True)
+    rows = [tuple(counts.get(tier, 0) for tier in tiers) for counts in layers]
+    alike = shape.layout(tiers, rows[0], **family)
+    return alike if len(rows) == 1 else replace(alike, counts=tuple(rows))
 
 
 def indices_of(layout: Layout, tiers: Sequence[Tier], pairs: LayerPairs | None = None) -> npt.NDArray[np.int64]:

@@ -1,8 +1,11 @@
-"""KVTuner's offline search: which pair of K and V bits each layer needs (`python -m cocktail.tune`).
+"""Offline: what each layer's K and V need (`python -m cocktail.tune`), after KVTuner.
 
     calibration  prompts, read once; what any pairs cost on them
-    profile      each layer's attention-output error under every candidate pair
     space        Pareto fronts, clusters of layers: what there is to choose from
-    search       NSGA-II over one choice per cluster, in a study file
+    search       what each layer loses by itself, then NSGA-II over one choice per cluster, in a study file
     report       the table, the plot and the pairs file
+
+KVTuner profiles the error of each layer's attention output. Here a layer's K, and its V, is stored at each width while
+everything else is exact, and what counts is the KL of the answer: equal errors matter very differently by layer, and
+pairs found by them were two to four times worse (bench/LOG.md).
 """

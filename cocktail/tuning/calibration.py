@@ -1,7 +1,7 @@
 """Calibration prompts, and what pairs of widths cost on them.
 
-A prompt is read once: its exact K and V stay in memory as FP16, so that trying other pairs costs packing and a few
-decode steps, no prefill. The cost of pairs is the mean KL divergence of the next-token distribution from the FP16
+A prompt is read once: its exact K and V stay in memory as FP16, so that trying other pairs costs packing and one pass
+over the answer, no prefill. The cost of pairs is the mean KL divergence of the next-token distribution from the FP16
 cache's, in nats, teacher-forced along a fixed answer; its first token is left out: it comes from the exact prefill.
 """
 
@@ -25,6 +25,7 @@ from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.engine import Reading
 from runtime.errors import OutOfMemory, PromptError
+from runtime.forced import force
 from runtime.model import prefill
 from runtime.plan import DocumentShape, Plan, Tier
 from runtime.sampler import SamplingParams
@@ -71,7 +72,7 @@ class Sample:
     def divergence(self, pairs: Sequence[Tier], sink: int | None) -> npt.NDArray[np.float64]:
         """KL from the FP16 cache under one pair per layer: (T - 1,) nats."""
         policy = load_policy("kvtuner", pairs=LayerPairs(tuple(pairs), {}, "the search"), sink=sink)
-        q = log_softmax(self.reading(policy.plan(self.shape)).force(self.answer)[1:])
+        q = log_softmax(force(self.reading(policy.plan(self.shape)), self.answer, 0)[1:])
         p = self.exact.astype(np.float64)
         return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
 
@@ -207,7 +208,7 @@ def _read(model: Model, prompt: Prompt, chunk: int, answer_tokens: int, name: st
     reading = Reading(engine, ids, (cache,), rope, first)
     answer = forced or tuple(_greedy(model, reading, answer_tokens, name))
     return Sample(model, ids, shape, tuple(keeper.kv), rope, first, answer,
-                  log_softmax(reading.force(answer)[1:]).astype(np.float32))
+                  log_softmax(force(reading, answer, 0)[1:]).astype(np.float32))
 
 
 def _greedy(model: Model, reading: Reading, answer_tokens: int, name: str) -> Iterator[int]:

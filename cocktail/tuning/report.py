@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cocktail.policies.pairs import VERSION
+from cocktail.policies.pairs import VERSION, LayerLosses
 from cocktail.tuning.search import Found
 from cocktail.tuning.space import Space
 from runtime.errors import TuneError
@@ -26,11 +26,11 @@ def choose(front: Sequence[Found], even: Sequence[Found], bits: float | None, ri
     return next((each for each in front if each.kl <= limit), front[-1])
 
 
-def write_pairs(path: str | Path, chosen: Found, front: Sequence[Found], even: Sequence[Found], model: dict[str, Any],
+def write_pairs(path: str | Path, chosen: Found, front: Sequence[Found], even: Sequence[Found], losses: LayerLosses,
                 calibration: dict[str, int | None]) -> None:
     """What --pairs reads (cocktail.policies.pairs), and beside it how it came about."""
-    data = {"version": VERSION, **_entry(chosen), "model": model, "calibration": calibration,
-            "pareto": [_entry(each) for each in front],
+    data = {"version": VERSION, **_entry(chosen), "model": losses.model, "calibration": calibration,
+            "losses": {"K": losses.k, "V": losses.v}, "pareto": [_entry(each) for each in front],
             "even": [_entry(each) | {"pairs": str(each.pairs[0])} for each in even]}
     try:
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

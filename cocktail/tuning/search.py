@@ -1,7 +1,7 @@
 """The search itself (KVTuner, step 4): NSGA-II over one pair per cluster of layers, most quality for fewest bits.
 
 Quality is minus the mean KL of cocktail.tuning.calibration. Everything lives in a study file, a journal that optuna
-appends to: the profile, every measurement, and so all that is needed to go on after an interruption. A combination over
+appends to: every measurement, and so all that is needed to go on after an interruption. A combination over
 the cap, or measured before, is turned down unmeasured and takes no place in the population.
 """
 
@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from cocktail.tuning.space import Space, pareto
 from runtime.errors import TuneError
 from runtime.plan import FP16, Tier
@@ -22,7 +19,13 @@ from runtime.plan import FP16, Tier
 POPULATION = 24
 BEGUN = 0.25  # of the trials, at least half a population: along the way that the effects of single layers suggest. In
 # a space of few combinations less, so that evolution begins with enough unlike ones to reach all of it.
+WIDTHS = (2, 3, 4)  # whose losses are measured
+MEASURED = (*(Tier(bits, 16) for bits in WIDTHS), *(Tier(16, bits) for bits in WIDTHS))
+FINER = 4.0**4  # how many times less 8 bits lose than 4, too little to be measured: the square of the levels' distance
 PATIENCE = 40  # generations' worth of draws in a row that bring nothing new, after which the search ends
+
+
+Losses = dict[int, tuple[float, ...]]  # by width: nats, one per layer
 
 
 @dataclass(frozen=True)
@@ -66,30 +69,25 @@ class Search:
         self._study.sampler = optuna.samplers.NSGAIISampler(population_size=population,
                                                             seed=seed + len(self._study.trials))
 
-    @property
-    def profile(self) -> npt.NDArray[np.float64] | None:
-        """(L, candidates), where an earlier run has measured it."""
-        recorded = self._study.user_attrs.get("profile")
-        return None if recorded is None else np.array(recorded, np.float64)
-
-    @profile.setter
-    def profile(self, errors: npt.NDArray[np.float64]) -> None:
-        self._study.set_user_attr("profile", errors.tolist())
-
     def found(self) -> list[Found]:
         """Everything measured so far, in order."""
         return [*self._even(), *self._searched()]
 
-    def alone(self, layers: int, tier: Tier, measure: Callable[[Sequence[Tier]], float],
-              progress: Callable[[int, int], None] | None = None) -> npt.NDArray[np.float64]:
-        """What each layer costs at `tier` where all others are exact, (layers,). progress(done, in all)."""
-        found: list[float] = list(self._study.user_attrs.get("alone", ()))
-        for layer in range(len(found), layers):
+    def losses(self, layers: int, measure: Callable[[Sequence[Tier]], float],
+               progress: Callable[[int, int], None] | None = None) -> tuple[Losses, Losses]:
+        """K's and V's: what each layer costs at each width where all else is exact. progress(done, in all)."""
+        found: list[float] = list(self._study.user_attrs.get("losses", ()))
+        wanted = [(layer, tier) for tier in MEASURED for layer in range(layers)]
+        for layer, tier in wanted[len(found) :]:
             if progress is not None:
-                progress(layer, layers)
+                progress(len(found), len(wanted))
             found.append(measure([tier if other == layer else FP16 for other in range(layers)]))
-            self._study.set_user_attr("alone", found)
-        return np.array(found, np.float64)
+            self._study.set_user_attr("losses", found)
+        rows = [tuple(max(loss, 0.0) for loss in found[i : i + layers]) for i in range(0, len(found), layers)]
+        k, v = (dict(zip(WIDTHS, rows[half], strict=True)) for half in (slice(0, 3), slice(3, 6)))
+        for side in (k, v):
+            side[8] = tuple(loss / FINER for loss in side[4])
+        return k, v
 
     def even(self, space: Space, measure: Callable[[Sequence[Tier]], float],
              progress: Callable[[int, int], None] | None = None) -> list[Found]:

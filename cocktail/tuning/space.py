@@ -21,7 +21,8 @@ SIMILAR = 1.5  # neighbours in a cluster differ by at most this factor in the er
 
 @dataclass(frozen=True)
 class Space:
-    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), the profile by its effects.
+    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), the root of what each layer
+    loses at each pair.
 
     clusters: the layers of each. choices: the pairs on each cluster's front, fewest bits first.
     """
@@ -74,20 +75,9 @@ class Space:
         return float(np.square(column).mean())
 
 
-def effects(errors: npt.NDArray[np.float64], column: int, alone: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The profile (L, candidates) with each layer's row scaled so that the square of `column` is what that layer costs
-    alone, (L,) nats: attention outputs of like errors matter very differently.
-
-    A small error's KL is quadratic in it, and errors of different layers add up as if independent: the sum of squares
-    over the layers predicts the KL of any pairs.
-    """
-    reference = np.maximum(errors[:, column], np.finfo(np.float64).tiny)
-    return np.asarray(errors * (np.sqrt(np.maximum(alone, 0)) / reference)[:, None])
-
-
 def build_space(candidates: Sequence[Tier], errors: npt.NDArray[np.float64], chunk: int, head_dim: int,
                 similar: float = SIMILAR) -> Space:
-    """Fronts and clusters of the profile (L, candidates).
+    """Fronts and clusters by each layer's errors (L, candidates): the roots of losses, which add up over the layers.
 
     Layers with the same front are clustered by DBSCAN on the logarithms of their errors, at most log(similar) apart in
     each; a layer unlike all others is a cluster of its own.

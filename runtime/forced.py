@@ -1,4 +1,4 @@
-"""Teacher forcing of a whole answer in one pass: what bench.quality spends its time on, some 50 caches a prompt.
+"""Teacher forcing of a whole answer in one pass, for those that try many caches: bench.quality, cocktail.tune.
 
 A decode step takes one token because the next is not known yet; a forced answer is known. The K and V of all its tokens
 go into their tail slots first, then every token attends with a state of its own, which hides the slots behind it: the
