@@ -73,8 +73,8 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     cache.add_argument("--calibration", metavar="FILE", help="kvquant: levels and ranges of this model")
     cache.add_argument("--pairs", metavar="FILE", help="kvtuner: K and V bits of every layer; cocktail: the least of "
                        "every layer; budget: what each layer loses")
-    cache.add_argument("--pairs-bits", metavar="BITS", type=number, help="kvtuner, cocktail: the file's best trade-off up "
-                       "to so many (default: the file's choice)")
+    cache.add_argument("--pairs-bits", metavar="BITS", type=number, help="kvtuner, cocktail: the file's best "
+                       "trade-off up to so many (default: the file's choice)")
     cache.add_argument("--sink", metavar="N", type=at_least(0),
                        help="first chunks that stay FP16 (default: 0 behind a chat header, else 1)")
     cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 "
