@@ -10,8 +10,8 @@ is teacher-forced along the same answers (bench.quality_measure):
     tasks   share of answers of which every token is right; copy and continue: share of tokens
 
 --sweep runs one of the paper's sweeps instead (bench.quality_sweeps). On a GPU several processes share it (--jobs):
-most of the time goes into launching small kernels. --samples keeps every prompt as soon as it is measured; --read
-reports on such a file, also that of a run that was cut off.
+most of the time goes into launching small kernels. --samples keeps every prompt as soon as it is measured: the same
+command goes on where it was cut off, and --read reports on such a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from bench import quality_report as report
 from bench.prompts import MAX_TOKENS, build_prompts
 from bench.quality_plots import plot_quality, plot_sweep
-from bench.quality_run import Found, Machine, append_sample, measure_all, read_samples, write_samples
+from bench.quality_run import Found, Machine, append_sample, measure_all, read_samples, resume_samples
 from bench.quality_settings import BITS, CONTROLS, GROUPS, RELEVANCE, Choice, Setting, main_settings
 from bench.quality_sweeps import SWEEPS, Sweep, sweep_of
 from bench.report import DEFAULT_MODEL, describe_run, emit, progress
@@ -71,7 +71,9 @@ def _measure(args: argparse.Namespace, settings: Sequence[Setting], found: dict[
     prompts = build_prompts(lambda text: len(tokenizer.encode(text)), args.prompts, args.seed, args.debian,
                             args.longest)
     if args.samples:
-        write_samples(args.samples, settings)
+        asked = {name: str(getattr(args, name))
+                 for name in ("model", "backend", "prompts", "longest", "seed", "debian", "encoder")}
+        found |= resume_samples(args.samples, asked, settings)
     needed = {setting.scorer for setting in settings} - {"none", "attention", "random", "oracle", "anti-oracle"}
     if needed & {"hybrid"} or {"oracle", "anti-oracle"} & {setting.scorer for setting in settings}:
         needed |= {"bm25", "encoder"} & set(args.scorers)
@@ -80,7 +82,7 @@ def _measure(args: argparse.Namespace, settings: Sequence[Setting], found: dict[
         encoders["encoder"] = args.encoder or _encoder_folder()
     machine = Machine(str(args.model), args.backend, args.threads, tuple(sorted(needed - {"hybrid"})),
                       tuple(encoders.items()), args.seed)
-    for i, prompt in measure_all(machine, prompts, settings, args.jobs or _jobs(args.backend)):
+    for i, prompt in measure_all(machine, prompts, settings, args.jobs or _jobs(args.backend), frozenset(found)):
         found[i] = prompt
         if args.samples:
             append_sample(args.samples, i, prompt)
@@ -147,13 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", nargs="+", default=(), choices=GROUPS, help="groups to leave out")
     parser.add_argument("--scorers", nargs="+", default=(*RELEVANCE, *CONTROLS), choices=(*RELEVANCE, *CONTROLS))
     parser.add_argument("--kv-bits", nargs="+", type=float, default=BITS, help="of the budget's curve")
-    parser.add_argument("--pairs", metavar="FILE", help="for kvtuner: made by cocktail.tune")
+    parser.add_argument("--pairs", metavar="FILE", help="for kvtuner and the budget: made by cocktail.tune")
     parser.add_argument("--calibration", metavar="FILE", help="for kvquant: made by cocktail.calibrate")
     parser.add_argument("--encoder", metavar="FOLDER", help="BERT encoder; default: MiniLM's package")
     parser.add_argument("--encoders", nargs="+", default=(), metavar="NAME=FOLDER", help="more, for --sweep encoders")
     parser.add_argument("--sweep", choices=SWEEPS, help="one of the paper's sweeps instead of the main table")
     parser.add_argument("--debian", action="store_true", help="add Debian's manuals to the text, where installed")
-    parser.add_argument("--samples", metavar="FILE", help="keep every prompt's samples here as they come")
+    parser.add_argument("--samples", metavar="FILE", help="keep every prompt's samples here, and go on from there")
     parser.add_argument("--read", metavar="FILE", help="measure nothing; report on what --samples kept")
     parser.add_argument("--plot", metavar="FILE", help="KL against bytes, or the sweep, as PNG")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")

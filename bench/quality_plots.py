@@ -10,19 +10,20 @@ from bench.quality_report import Row
 STYLE = {"uniform": ("tab:gray", "s"), "kivi": ("tab:blue", "o"), "atom": ("tab:green", "D"),
          "kvquant": ("tab:purple", "^"), "kvtuner": ("tab:brown", "v"), "cocktail": ("tab:orange", "P")}
 WIDEST = 7  # bits per value that are plotted: nobody asks which 8 bits are best
-BUDGET_STYLE = {"hybrid": "tab:red", "attention": "black"}
+BUDGET_STYLE = {("hybrid", False): "tab:pink", ("hybrid", True): "tab:red", ("attention", True): "black"}
 
 
 def plot_quality(rows: Sequence[Row], path: str) -> None:
     """Mean KL with its interval against bits per value; the budget as a curve per scorer, the others as points."""
     figure, axes = _axes("bits per context value, all metadata counted", "KL to the FP16 cache, nats per token")
     rows = [row for row in rows if row["bpv"] <= WIDEST]
-    for scorer, colour in BUDGET_STYLE.items():
+    for (scorer, pairs), colour in BUDGET_STYLE.items():
         points = sorted((r["bpv"], r["kl"], r["kl_low"], r["kl_high"]) for r in rows if r["policy"] == "budget"
-                        and r["scorer"] == scorer and not r["match"] and "pairs" not in r["options"])
+                        and r["scorer"] == scorer and not r["match"] and ("pairs" in r["options"]) == pairs)
         if points:
             x, y, low, high = zip(*points, strict=True)
-            axes.plot(x, y, "-o", color=colour, markersize=4, label=f"budget, {scorer}")
+            axes.plot(x, y, "-o", color=colour, markersize=4,
+                      label=f"budget{' with pairs' if pairs else ''}, {scorer}")
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     seen = set()
     for row in rows:

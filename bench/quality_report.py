@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from bench.prompts import KINDS
 from bench.quality_measure import Sample
-from bench.quality_settings import COMPARED_BITS, CURVE, RELEVANCE, Setting
+from bench.quality_settings import BUDGETS, COMPARED_BITS, CURVE, RELEVANCE, Setting
 from bench.report import interval, print_table, verdict
 
 GOAL_BPV, GOAL_KL = 3.3, 0.015
 GOAL_KIVI = (3.8, "kivi-4", 1 / 3)  # at so many bits, this share of that method's KL
 GOAL_SEARCH = 2.0
+RIVAL = "uniform K4V4"  # whose KL a pairs file reaches with fewer bits
 Samples = Mapping[Setting, Sequence[Sample]]
 Row = dict[str, Any]
 
@@ -105,19 +106,20 @@ def print_matched(samples: Samples, rows: Sequence[Row]) -> None:
         if setting.match is None or setting.match not in named or not found:
             continue
         method, own = by_name[setting.match], by_name.get(setting.name)
+        by = setting.name.partition(" = ")[0]
         if own is None or len(found) < len(named[setting.match]):
-            lines.append([setting.match, f"{method['bpv']:.2f}", f"{method['kl']:.4f}", setting.scorer,
+            lines.append([setting.match, f"{method['bpv']:.2f}", f"{method['kl']:.4f}", by,
                           "below its least bytes", "", "", ""])
             continue
         times, low, high = ratio(named[setting.match], found)
         pair = best_at_most(uniform, method["bpv"])
-        lines.append([setting.match, f"{method['bpv']:.2f}", f"{method['kl']:.4f}", setting.scorer,
+        lines.append([setting.match, f"{method['bpv']:.2f}", f"{method['kl']:.4f}", by,
                       f"{own['kl']:.4f} at {own['bpv']:.2f}", f"{times:.2f} ({low:.2f}-{high:.2f})",
                       *(("none", "") if pair is None else
                         (f"{pair['setting']} at {pair['bpv']:.2f}", f"{pair['kl']:.4f}"))])
     if lines:
         print("\nAt equal bytes:\n")
-        print_table(["method", "bpv", "KL", "scorer", "budget's KL", "times closer (95%)", "best uniform pair",
+        print_table(["method", "bpv", "KL", "beside", "its KL", "times closer (95%)", "best uniform pair",
                      "its KL"], lines)
 
 
@@ -128,9 +130,9 @@ def print_scorers(samples: Samples, rows: Sequence[Row]) -> None:
     lines = []
     for row in rows:
         setting, found = by_name[row["setting"]]
-        if setting.name != f"budget@{setting.kv_bits}/{setting.scorer}" or setting.kv_bits not in COMPARED_BITS:
+        if setting.policy != "budget" or setting.kv_bits not in COMPARED_BITS:
             continue
-        control = by_name.get(setting.name.replace(setting.scorer, "random"))
+        control = by_name.get(setting.name.replace(f"/{setting.scorer}", "/random"))
         times = "" if control is None or setting.scorer == "random" else "{:.2f} ({:.2f}-{:.2f})".format(
             *ratio(control[1], found))
         lines.append([row["setting"], f"{row['bpv']:.2f}", f"{row['kl']:.4f}", times,
@@ -145,33 +147,57 @@ def goals(samples: Samples, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Verdicts by name: {"text", "met"}; only of what was measured."""
     by_name = {row["setting"]: row for row in rows}
     found: dict[str, dict[str, Any]] = {}
-    for scorer in RELEVANCE:
-        row = by_name.get(f"budget@{GOAL_BPV:g}/{scorer}")
-        if row is not None:
-            found[row["setting"]] = _budget_goal(row, by_name["fp16"], samples)
-    curve = [(row["bpv"], row["kl"]) for row in rows
-             if row["policy"] == "budget" and row["scorer"] == CURVE and "pairs" not in row["options"]
-             and not row["match"]]
+    for row in _budgets(rows, GOAL_BPV):
+        found[row["setting"]] = _budget_goal(row, by_name["fp16"], samples)
+    curves = [[(row["bpv"], row["kl"]) for row in rows if row["policy"] == "budget" and row["scorer"] == CURVE
+               and not row["match"] and ("pairs" in row["options"]) == pairs] for pairs in (True, False)]
+    curve = next(filter(None, curves), None)  # with a file, where there is one
     for row in rows:
         if curve and row["policy"] not in ("fp16", "budget"):
             found[f"curve below {row['setting']}"] = _curve_goal(curve, row)
     bits, name, share = GOAL_KIVI
-    if name in by_name:
-        for scorer in RELEVANCE:
-            if row := by_name.get(f"budget@{bits:g}/{scorer}"):
-                part = row["kl"] / by_name[name]["kl"]
-                found[f"{row['setting']} beside {name}"] = {
-                    "text": f"{part:.3f} of its KL ({by_name[name]['kl']:.4f} at {by_name[name]['bpv']:.2f} bpv), "
-                            f"{verdict(part, share, at_most=True)}", "met": part <= share}
+    for row in _budgets(rows, bits) if name in by_name else ():
+        part = row["kl"] / by_name[name]["kl"]
+        found[f"{row['setting']} beside {name}"] = {
+            "text": f"{part:.3f} of its KL ({by_name[name]['kl']:.4f} at {by_name[name]['bpv']:.2f} bpv), "
+                    f"{verdict(part, share, at_most=True)}", "met": part <= share}
+    found |= _pairs_goals(by_name)
     named = {setting.name: kept for setting, kept in samples.items()}
     for name in by_name:
         if (random := f"{name}, no search") in by_name:
             times, low, high = ratio(named[random], named[name])
-            text = f"{times:.2f} times ({low:.2f}-{high:.2f}) less KL than without search"
+            kinds = ", ".join(f"{kind} {by_name[random]['kl_by_kind'][kind] / kl:.1f}"
+                              for kind, kl in by_name[name]["kl_by_kind"].items())
+            text = f"{times:.2f} times ({low:.2f}-{high:.2f}; {kinds}) less KL than without search"
             if name.startswith("cocktail/"):
                 found[f"{name}"] = {"text": f"{text}, {verdict(times, GOAL_SEARCH)}", "met": times >= GOAL_SEARCH}
             else:
                 found[f"{name}"] = {"text": f"{text} (no goal)"}
+    return found
+
+
+def _budgets(rows: Sequence[Row], bits: float) -> list[Row]:
+    """The budgets of so many bits with a scorer that knows the question."""
+    names = [f"{begin}@{bits:g}/{scorer}" for begin in BUDGETS for scorer in RELEVANCE]
+    return sorted((row for row in rows if row["setting"] in names), key=lambda row: names.index(row["setting"]))
+
+
+def _pairs_goals(by_name: dict[str, Row]) -> dict[str, dict[str, Any]]:
+    """A pairs file beside the even pair, and both together at the pairs' bytes beside each alone."""
+    found: dict[str, dict[str, Any]] = {}
+    rival, chosen = by_name.get(RIVAL), by_name.get("kvtuner")
+    if rival and chosen:
+        met = chosen["kl"] <= rival["kl"] and chosen["bpv"] < rival["bpv"]
+        found[f"pairs beside {RIVAL}"] = {
+            "text": f"KL {chosen['kl']:.4f} at {chosen['bpv']:.2f} bpv, {rival['kl']:.4f} at {rival['bpv']:.2f}: "
+                    f"{'met' if met else 'MISSED'}", "met": met}
+    for name, pairs in by_name.items():
+        alone, both = (by_name.get(f"{begin}/{CURVE} = {name}") for begin in BUDGETS)
+        if pairs["policy"] == "kvtuner" and alone and both:
+            met = both["kl"] < min(alone["kl"], pairs["kl"])
+            found[f"both beside each alone at {pairs['bpv']:.2f} bpv"] = {
+                "text": f"KL {both['kl']:.4f}, budget {alone['kl']:.4f}, {name} {pairs['kl']:.4f}: "
+                        f"{'met' if met else 'MISSED'}", "met": met}
     return found
 
 

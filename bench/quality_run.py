@@ -48,15 +48,19 @@ class Worker:
         return measure(self._model, prompt, settings, self._scorers, self._seed + i)
 
 
-def measure_all(machine: Machine, prompts: Sequence[Prompt], settings: Sequence[Setting],
-                jobs: int) -> Iterator[tuple[int, Found]]:
-    """(number of the prompt, its samples), as they come. Raises CocktailError, naming the setting that is refused."""
+def measure_all(machine: Machine, prompts: Sequence[Prompt], settings: Sequence[Setting], jobs: int,
+                done: frozenset[int] = frozenset()) -> Iterator[tuple[int, Found]]:
+    """(number of the prompt, its samples), as they come; done: those that are not wanted. Raises CocktailError, naming
+    the setting that is refused."""
+    if len(done) == len(prompts):
+        return
     if jobs == 1:
         worker = Worker(machine)
         for i, prompt in enumerate(prompts):
-            yield i, worker.measure(i, prompt, settings)
+            if i not in done:
+                yield i, worker.measure(i, prompt, settings)
         return
-    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].context))
+    by_length = sorted(set(range(len(prompts))) - done, key=lambda i: -len(prompts[i].context))
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (machine,))
     try:
         # Each setting alone first: its kernels are compiled once, and what is refused is refused before any work.
@@ -73,10 +77,17 @@ def measure_all(machine: Machine, prompts: Sequence[Prompt], settings: Sequence[
         pool.shutdown(cancel_futures=True)
 
 
-def write_samples(path: str, settings: Sequence[Setting]) -> None:
-    """Begin a file of samples: a line of settings, then a line per prompt (`append_sample`)."""
-    with Path(path).open("w") as file:
-        file.write(json.dumps([asdict(setting) for setting in settings]) + "\n")
+def resume_samples(path: str, asked: dict[str, str], settings: Sequence[Setting]) -> dict[int, Found]:
+    """A file of samples: a line of what was asked and of settings, then one per prompt (`append_sample`). Begins it, or
+    returns what a run of the same kind has left there; another's is refused."""
+    file = Path(path)
+    head = json.dumps({"asked": asked, "settings": [asdict(setting) for setting in settings]})
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and lines[0] != head + "\n":
+        raise SystemExit(f"{path} holds the samples of other prompts or settings; remove it, or name another")
+    whole = [line for line in lines if line.endswith("\n")]
+    file.write_text("".join(whole or [head + "\n"]))
+    return read_samples(path)[1]
 
 
 def append_sample(path: str, i: int, found: Found) -> None:
@@ -87,7 +98,8 @@ def append_sample(path: str, i: int, found: Found) -> None:
 def read_samples(path: str) -> tuple[list[Setting], dict[int, Found]]:
     """What a run kept, also one that was cut off: a last line that is not whole is left out."""
     head, *lines = Path(path).read_text().splitlines()
-    settings = [Setting(**{**data, "options": tuple(map(tuple, data["options"]))}) for data in json.loads(head)]
+    settings = [Setting(**{**data, "options": tuple(map(tuple, data["options"]))})
+                for data in json.loads(head)["settings"]]
     found = {}
     for line in lines:
         try:

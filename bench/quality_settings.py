@@ -9,11 +9,13 @@ from typing import Any
 from cocktail.chunks import DEFAULT_CHUNK
 
 PAIRS = ("K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V3", "K3V2", "K2V2")
-BITS = (2.8, 3.0, 3.3, 3.55, 3.8, 4.2, 4.7, 5.2, 6.6)  # of the budget's curve
+BITS = (2.8, 3.0, 3.3, 3.55, 3.8, 4.2, 4.7, 5.2)  # of the budget's curve
 COMPARED_BITS = (3.3, 3.8)  # where every scorer is run
+PAIRS_BITS = (2.9, 3.2, 3.7)  # of trade-offs in the pairs file, beside its own choice
 RELEVANCE = ("bm25", "encoder", "hybrid", "attention")  # what knows the question
 CURVE = "hybrid"  # the scorer of the budget's curve
 CONTROLS = ("random", "oracle", "anti-oracle")
+BUDGETS = ("budget", "budget+pairs")  # how names begin, without and with a file
 GROUPS = ("uniform", "kivi", "atom", "kvquant", "kvtuner", "cocktail", "cocktail-kivi", "budget", "matched")
 
 
@@ -47,7 +49,8 @@ FP16 = Setting.of("fp16", "fp16")
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line says of the settings. scorers: those that are there; pairs, calibration: files."""
+    """What the command line says of the settings. scorers: those that are there; pairs, calibration: files. With pairs,
+    which hold each layer's losses, the budget goes by them wherever it is compared."""
 
     groups: tuple[str, ...] = GROUPS
     scorers: tuple[str, ...] = (*RELEVANCE, *CONTROLS)
@@ -67,7 +70,7 @@ def main_settings(choice: Choice) -> list[Setting]:
     """The rows of the main table, FP16 first; those of a group are left out with it."""
     chosen = [setting for group in choice.groups if group != "matched" for setting in _GROUPS[group](choice)]
     if "matched" in choice.groups:
-        chosen += [_matched(setting) for setting in chosen if _is_baseline(setting)]
+        chosen += [matched for setting in chosen if _is_baseline(setting) for matched in _matched(setting, choice)]
     return [FP16, *(setting for setting in chosen if setting.scorer in ("none", *choice.scorers))]
 
 
@@ -88,8 +91,9 @@ def cocktail(scorer: str, formats: str = "rotated", **options: Any) -> Setting:
     return Setting.of(f"cocktail-{formats}/{scorer}", "cocktail", scorer, formats=formats, **options)
 
 
-def budget(kv_bits: float, scorer: str, **options: Any) -> Setting:
-    return Setting.of(f"budget@{kv_bits:g}/{scorer}", "budget", scorer, kv_bits=kv_bits, **options)
+def budget(kv_bits: float, scorer: str, pairs: str | None = None) -> Setting:
+    options = {"kv_bits": kv_bits} | ({} if pairs is None else {"pairs": pairs})
+    return Setting.of(f"{BUDGETS[pairs is not None]}@{kv_bits:g}/{scorer}", "budget", scorer, **options)
 
 
 def _uniform(choice: Choice) -> Iterator[Setting]:
@@ -113,8 +117,8 @@ def _kvquant(choice: Choice) -> Iterator[Setting]:
 
 def _kvtuner(choice: Choice) -> Iterator[Setting]:
     yield Setting.of("kvtuner", "kvtuner", pairs=choice.pairs)
-    for bits in COMPARED_BITS:
-        yield Setting.of(f"kvtuner+budget@{bits:g}/{CURVE}", "budget", CURVE, kv_bits=bits, pairs=choice.pairs)
+    for bits in PAIRS_BITS:
+        yield Setting.of(f"kvtuner@{bits:g}", "kvtuner", pairs=choice.pairs, pairs_bits=bits)
 
 
 def _cocktail(choice: Choice) -> Iterator[Setting]:
@@ -130,12 +134,13 @@ def _cocktail_kivi(choice: Choice) -> Iterator[Setting]:
 
 
 def _budget(choice: Choice) -> Iterator[Setting]:
-    for bits in choice.bits:
-        yield budget(bits, CURVE)
+    for pairs in dict.fromkeys((None, choice.pairs)):
+        for bits in choice.bits:
+            yield budget(bits, CURVE, pairs)
     for bits in COMPARED_BITS:
         for scorer in (*RELEVANCE, *CONTROLS):
             if scorer != CURVE and bits in choice.bits:
-                yield budget(bits, scorer)
+                yield budget(bits, scorer, choice.pairs)
 
 
 def _is_baseline(setting: Setting) -> bool:
@@ -143,10 +148,13 @@ def _is_baseline(setting: Setting) -> bool:
         setting.policy == "cocktail" and "no_search" not in dict(setting.options))
 
 
-def _matched(setting: Setting) -> Setting:
-    """The budget at that setting's bytes, with its scorer where it has one."""
+def _matched(setting: Setting, choice: Choice) -> Iterator[Setting]:
+    """The budget at that setting's bytes, with its scorer where it has one; beside kvtuner also without pairs."""
     scorer = CURVE if setting.scorer == "none" else setting.scorer
-    return Setting.of(f"budget/{scorer} = {setting.name}", "budget", scorer, match=setting.name)
+    for pairs in dict.fromkeys((None, choice.pairs) if setting.policy == "kvtuner" else (choice.pairs,)):
+        options = {} if pairs is None else {"pairs": pairs}
+        yield Setting.of(f"{BUDGETS[pairs is not None]}/{scorer} = {setting.name}", "budget", scorer,
+                         match=setting.name, **options)
 
 
 _GROUPS: dict[str, Callable[[Choice], Iterator[Setting]]] = {

@@ -28,7 +28,7 @@ from bench.quality_measure import (
 )
 from bench.quality_plots import plot_quality, plot_sweep
 from bench.quality_report import at_bytes, best_at_most, goals, ratio, summarize
-from bench.quality_run import append_sample, read_samples, write_samples
+from bench.quality_run import append_sample, read_samples, resume_samples
 from bench.quality_settings import (
     CURVE,
     FP16,
@@ -277,6 +277,24 @@ def test_goals_that_are_missed():
     assert not any(goal["met"] for name, goal in goals(samples, rows).items() if "no search" not in name)
 
 
+def test_goals_of_pairs():
+    """The file's choice beside K4V4 everywhere, both together beside each alone, the curve of those that have it."""
+    def kept(setting, kl, bpv):
+        return setting, [sample([kl] * 4, bpv=bpv) for _ in range(5)]
+
+    for both, met in ((0.001, True), (0.004, False)):
+        samples = dict([kept(FP16, 0, 16), kept(Setting.of("uniform K4V4", "uniform", tier="K4V4"), 0.004, 4.5),
+                        kept(Setting.of("kvtuner", "kvtuner", pairs="p"), 0.003, 4.0),
+                        kept(budget(3.3, CURVE), 0.02, 3.3), kept(budget(3.3, CURVE, "p"), 0.002, 3.3),
+                        kept(Setting.of(f"budget/{CURVE} = kvtuner", "budget", CURVE, match="kvtuner"), 0.005, 4.0),
+                        kept(Setting.of(f"budget+pairs/{CURVE} = kvtuner", "budget", CURVE, match="kvtuner",
+                                        pairs="p"), both, 4.0)])
+        found = goals(samples, [summarize(setting, each) for setting, each in samples.items()])
+        assert found["pairs beside uniform K4V4"]["met"] and found["curve below kvtuner"]["met"]
+        assert found["both beside each alone at 4.00 bpv"]["met"] is met
+        assert not found[f"budget@3.3/{CURVE}"]["met"] and found[f"budget+pairs@3.3/{CURVE}"]["met"]
+
+
 def test_a_task_score_may_be_one_prompt_short_and_no_more():
     for wrong, met in ((1, True), (2, False)):
         samples, _ = run_of(low=0.01)
@@ -297,7 +315,7 @@ def test_tables_say_what_was_measured(capsys):
     quality_report.print_matched(samples, rows)
     quality_report.print_scorers(samples, rows)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["kivi-4", "5.00", "0.0300", CURVE, "0.0050 at 4.90", "6.00 (6.00-6.00)", "uniform K4V4 at 4.60",
+    assert ["kivi-4", "5.00", "0.0300", f"budget/{CURVE}", "0.0050 at 4.90", "6.00 (6.00-6.00)", "uniform K4V4 at 4.60",
             "0.0200"] in lines
     assert [f"budget@3.3/{CURVE}", "3.30", "0.0140", "2.00 (2.00-2.00)", "1.00"] in lines
     assert ["budget@3.3/random", "3.30", "0.0280", "", "0.20"] in lines
@@ -313,6 +331,8 @@ def test_settings_have_names_of_their_own_and_matches_that_exist():
                                                         "cocktail", "budget"}
     matched = [setting for setting in settings if setting.match]
     assert {"kivi-2", "kivi-4", "atom", "kvquant-4", "kvtuner"} <= {setting.match for setting in matched} <= set(names)
+    assert all("pairs" in dict(setting.options) or setting.match.startswith("kvtuner") for setting in matched)
+    assert "budget@3.3/hybrid" in names and "budget+pairs@3.3/attention" in names
 
 
 def test_what_is_left_out_is_left_out():
@@ -339,7 +359,7 @@ def test_sweeps_have_names_of_their_own_and_lines_through_them(name):
 def test_samples_survive_a_run_that_was_cut_off(tmp_path):
     settings = main_settings(Choice(groups=EXISTING))
     path = str(tmp_path / "samples.jsonl")
-    write_samples(path, settings)
+    assert resume_samples(path, {"seed": "1"}, settings) == {}
     for i in (3, 1):
         append_sample(path, i, {setting.name: sample([0.1 * i, 0.2], recalled=0.5) for setting in settings})
     with Path(path).open("a") as file:
@@ -347,6 +367,12 @@ def test_samples_survive_a_run_that_was_cut_off(tmp_path):
     read_settings, found = read_samples(path)
     assert read_settings == settings and set(found) == {1, 3}
     assert found[3][settings[2].name] == sample([0.1 * 3, 0.2], recalled=0.5)
+    assert set(resume_samples(path, {"seed": "1"}, settings)) == {1, 3}
+    append_sample(path, 0, found[1])  # behind whole lines again
+    assert set(resume_samples(path, {"seed": "1"}, settings)) == {0, 1, 3}
+    for asked, others in (({"seed": "2"}, settings), ({"seed": "1"}, settings[:-1])):
+        with pytest.raises(SystemExit, match="other prompts or settings"):
+            resume_samples(path, asked, others)
 
 
 def test_plots_are_pictures(tmp_path):
