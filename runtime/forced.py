@@ -40,7 +40,7 @@ def force(reading: Reading, answer: Sequence[int], cache: int) -> npt.NDArray[np
     return np.concatenate([reading.first_logits, backend.download(logits)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
     """runtime.model.StepRows for T tokens of one sequence: k, v are its tail's; bound: T times the sequence's own."""
 
