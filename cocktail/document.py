@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -69,6 +70,7 @@ class Document:
         self.context = context
         self.chunk = chunk
         self.system = system
+        self.turns: tuple[tuple[str, str], ...] = ()
         parts = split_prompt(model.tokenizer, model.template, context, "", system)
         self.prefix_ids, self.context_ids = tuple(parts.prefix_ids), tuple(parts.context_ids)
         _, self.chunk_texts, self.remainder = cut(model.tokenizer, self.context_ids, chunk)
@@ -76,6 +78,21 @@ class Document:
         self._scorers: dict[str, Scorer] = {}
         self._loading = Lock()
         self._master = self._new_master(keep)
+
+    def after(self, turns: Sequence[tuple[str, str]]) -> Document:
+        """The same document, later in a conversation: behind these questions and answers.
+
+        Nothing is copied, and both share what is kept. The turns stand between the document and the next question, as
+        the chat template has them, and are computed exactly for each question; their K and V are never quantized.
+        Scorers of text are asked for the last of the turns' questions together with the next. Raises PromptError where
+        the chat template begins otherwise when there are turns.
+        """
+        later = copy(self)
+        later.turns = tuple(turns)
+        if later._parts("x").prefix_ids != self._parts("x").prefix_ids:
+            raise PromptError("the chat template begins otherwise where there are earlier turns; the document would "
+                              "have to be read anew: ask without them")
+        return later
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +254,9 @@ class Document:
         def score() -> Scores:
             if progress is not None:
                 progress("score", 0, 1)
-            scores = judge.score(self.chunk_texts, query.strip() or default_query(self.system, self._last_text()))
+            # A question behind others may be no more than "And when?": the one before says what it is about.
+            about = " ".join(text for text in (*(question for question, _ in self.turns[-1:]), query) if text.strip())
+            scores = judge.score(self.chunk_texts, about.strip() or default_query(self.system, self._last_text()))
             if progress is not None:
                 progress("score", 1, 1)
             return scores
@@ -270,7 +289,7 @@ class Document:
 
     def _parts(self, query: str) -> PromptParts:
         # Any context gives the same suffix: it is tokenized apart. A letter spares tokenizing the document again.
-        return split_prompt(self.model.tokenizer, self.model.template, "x", query, self.system)
+        return split_prompt(self.model.tokenizer, self.model.template, "x", query, self.system, self.turns)
 
     def _scorer(self, scorer: str | Scorer) -> Scorer:
         if not isinstance(scorer, str):

@@ -82,23 +82,30 @@ class ChatTemplate:
 
 
 def split_prompt(
-    tokenizer: Tokenizer, template: ChatTemplate | None, context: str, query: str, system: str | None = None
+    tokenizer: Tokenizer, template: ChatTemplate | None, context: str, query: str, system: str | None = None,
+    turns: Sequence[tuple[str, str]] = ()
 ) -> PromptParts:
     """Ids of one user turn, the context followed by a blank line and the query, cut around the context.
 
-    Without a template the same text stands alone, for plain completion. Special tokens are recognised in the template's
-    own text only: no system prompt, context or query can end its turn. The texts go in exactly as given, also where the
-    template would trim them. BOS is put first if the tokenizer asks for it and the template did not.
-    Raises TokenizerError if the template drops, repeats, reorders or alters one of the texts.
+    turns: questions and answers between the context and the query, which is then a user turn of its own. Without a
+    template the same texts stand alone, blank lines between turns, for plain completion. Special tokens are recognised
+    in the template's own text only: no system prompt, context, question or answer can end its turn. The texts go in
+    exactly as given, also where the template would trim them. BOS is put first if the tokenizer asks for it and the
+    template did not. Raises TokenizerError if the template drops, repeats, reorders or alters one of the texts.
     """
-    texts = {"context": context, "query": f"\n\n{query}" if context and query else query}
-    if system is not None:
-        texts = {"system": system} | texts
+    said = {f"{who}{number}": text for number, turn in enumerate(turns)
+            for who, text in zip(("question", "answer"), turn, strict=True)} | {"query": query}
+    first = next(iter(said))  # stands in the context's own turn
+    if context and said[first]:
+        said[first] = f"\n\n{said[first]}"
+    texts = ({} if system is None else {"system": system}) | {"context": context} | said
     texts = {name: text for name, text in texts.items() if text or name == "system"}
+    opening = "".join(_mark(name) for name in ("context", first) if name in texts)
+    spoken = [opening, *(_mark(name) if name in texts else "" for name in said if name != first)]
     if template is not None:
-        layout = _render_marks(template, texts)
+        layout = _render_marks(template, texts, spoken)
     else:
-        layout = "\n\n".join([_mark("system")] * bool(system) + ["".join(_mark(n) for n in texts if n != "system")])
+        layout = "\n\n".join([_mark("system")] * bool(system) + spoken)
 
     parts: dict[str, list[int]] = {"prefix": [], "context": [], "suffix": []}
     part, asked = "prefix" if context else "suffix", range(0)
@@ -146,14 +153,15 @@ def _encode(tokenizer: Tokenizer, layout: str, texts: Mapping[str, str]) -> list
     return encoded
 
 
-def _render_marks(template: ChatTemplate, texts: Mapping[str, str]) -> str:
-    content = "".join(_mark(name) for name in texts if name != "system")
-    messages = [{"role": "user", "content": content}]
+def _render_marks(template: ChatTemplate, texts: Mapping[str, str], spoken: Sequence[str]) -> str:
+    """spoken: what user and assistant say in turn."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(spoken)]
     if "system" in texts:
         messages.insert(0, {"role": "system", "content": _mark("system")})
     layout = template.render(messages)
     _check_marks(layout, texts)
-    if content and content not in layout:
+    places = [layout.find(content) for content in spoken if content]
+    if -1 in places or places != sorted(places):
         raise TokenizerError("the chat template changes the order of context and query; use another template, or none")
     return layout
 

@@ -109,12 +109,16 @@ def test_harmless_text_gives_the_template_s_own_prompt(name: str) -> None:
     template, tok = ChatTemplate(TEMPLATES[name], TOKENS), KINDS["byte level"]
 
     @settings(max_examples=50, deadline=None)
-    @given(words, words)
-    def holds(context: str, query: str) -> None:
-        parts = split_prompt(tok, template, context, query)
+    @given(words, words, st.lists(st.tuples(words, words), max_size=2))
+    def holds(context: str, query: str, turns: list[tuple[str, str]]) -> None:
+        parts = split_prompt(tok, template, context, query, turns=turns)
         whole = tok.decode(parts.prefix_ids + parts.context_ids + parts.suffix_ids, skip_special=False)
-        messages = [{"role": "user", "content": f"{context}\n\n{query}"}]
+        first, *later = [text for turn in turns for text in turn] + [query]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content}
+                    for i, content in enumerate([f"{context}\n\n{first}", *later])]
         expected = template.render(messages)
+        asked = tok.decode([parts.suffix_ids[i] for i in parts.query])
+        assert asked.strip() == query.strip()
         if name == "chatml":
             assert whole == "<s>" + expected
         else:  # the template strips its message, the split keeps the document as it is
@@ -140,6 +144,15 @@ def test_without_a_template_the_text_stands_alone() -> None:
     assert tok.decode(parts.suffix_ids) == "\n\nQuestion?"
     assert tok.decode(split_prompt(tok, None, "c", "q", "s").prefix_ids) == "s\n\n"
     assert split_prompt(tokenizer(adds_bos=False), None, "c", "q").prefix_ids == []
+
+
+def test_turns_stand_between_the_context_and_the_query() -> None:
+    tok = KINDS["byte level"]
+    parts = split_prompt(tok, None, "Doc.", "Q2?", turns=[("Q1?", "A1.")])
+    assert tok.decode(parts.suffix_ids) == "\n\nQ1?\n\nA1.\n\nQ2?"
+    with pytest.raises(TokenizerError, match="order"):
+        split_prompt(tok, ChatTemplate("{% for m in messages[1:] + messages[:1] %}{{ m['content'] }}{% endfor %}"),
+                     "Doc.", "Q2?", turns=[("Q1?", "A1.")])
 
 
 def test_an_empty_part_leaves_no_trace() -> None:

@@ -176,6 +176,45 @@ def test_a_reading_that_is_given_up_keeps_nothing_and_the_next_one_does(model, h
     assert doc.ask(QUESTION, max_tokens=4).stats.reused_tokens > 0
 
 
+@pytest.mark.parametrize("scorer", ["bm25", "attention"])
+def test_a_conversation_keeps_its_turns_behind_the_document(model, scorer):
+    """Bit for bit what the whole conversation gives when it is read at once; and the document is read once for it."""
+    options = {"scorer": scorer, "kv_bits": 6, "max_tokens": 6}
+    kept, fresh, turns = model.read(TEXT[:3000]), model.read(TEXT[:3000], keep=False), []
+    for query in (QUESTION, "And when was that?", "Is it known who paid?"):
+        answer = kept.after(turns).ask(query, **options)
+        assert answer.ids == fresh.after(turns).ask(query, **options).ids
+        assert answer.stats.reused_tokens == (len(kept.prefix_ids) + len(kept.context_ids) if turns else 0)
+        turns.append((query, answer.text))
+    later = kept.after(turns)
+    assert later.prompt("x")[: len(kept.prompt(QUESTION))] != kept.prompt("x")
+    assert model.tokenizer.decode(later.prompt("x")).count("And when was that?") == 1
+    assert later.context_ids == kept.context_ids
+    assert kept.turns == ()
+
+
+def test_scorers_hear_the_question_before_too(model):
+    heard = []
+
+    class Spy:
+        name = "spy"
+
+        def score(self, chunks, query):
+            heard.append(query)
+            return np.arange(len(chunks), dtype=np.float32)
+    doc = model.read(TEXT[:1000])
+    doc.after([("Who?", "Odo."), ("Where?", "There.")]).plan("And when?", scorer=Spy())
+    doc.plan(" When? ", scorer=Spy())
+    assert heard == ["Where? And when?", "When?"]
+
+
+def test_a_template_that_begins_otherwise_with_turns_is_refused(tmp_path):
+    template = tiny_model.TEMPLATE.replace("{% for", "{{ 'Long ' if messages | length > 2 }}{% for", 1)
+    other = cocktail.load(tiny_model.save_tiny_model(tmp_path, template=template), backend="cpu", threads=1)
+    with pytest.raises(PromptError, match="begins otherwise"):
+        other.read(TEXT[:500]).after([("Who?", "Odo.")])
+
+
 def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     doc = model.read(TEXT[:3000])
