@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from converters import KINDS, convert
 from runtime.errors import ConvertError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m converters",
         description="Convert a checkpoint to one self-describing safetensors file.",
         epilog="\n".join(f"  {kind:8} IN is {text}" for kind, text in KINDS.items()),
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(f"{options.target}: {size / 2**20:.1f} MiB")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")  # one line, as of all commands
 
 
 if __name__ == "__main__":

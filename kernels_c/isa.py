@@ -36,5 +36,9 @@ def choose_isa(name: str | None = None) -> str:
 
 
 def operation(name: str, isa: str) -> Callable[..., Any]:
-    """The compiled function of one operation, e.g. operation("embed", "avx2")."""
-    return getattr(lib, f"{name}_{isa}")  # type: ignore[no-any-return]
+    """The compiled function of one operation, e.g. operation("embed", "avx2"); KernelError where the build lacks it."""
+    found: Callable[..., Any] | None = getattr(lib, f"{name}_{isa}", None)
+    if found is None:
+        raise KernelError(f"the C kernels were built from older sources: they have no {name}_{isa}; build them again: "
+                          "python -m kernels_c.build --force, or pip install .")
+    return found

@@ -150,6 +150,23 @@ def test_without_the_c_kernels(tmp_path, path, advice):
     assert advice in found["advice"]
 
 
+def test_kernels_of_older_sources(quick, monkeypatch):
+    """As after a pull without a build: the extension loads, but lacks an operation."""
+    class Old:
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("append_"):
+                raise AttributeError(name)
+            return getattr(whole, name)
+
+    whole = kernels_c.isa.lib
+    monkeypatch.setattr(kernels_c.isa, "lib", Old())
+    *_, found = cpu.findings()
+    assert (found.subject, found.status) == ("kernels", "fail")
+    assert "built from older sources: they have no append_" in found.found
+    with pytest.raises(KernelError, match="build them again"):
+        CpuBackend(threads=1)
+
+
 def test_where_a_gpu_works_the_c_kernels_are_wanted_but_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels_c.isa", None)
     with pytest.raises(ImportError):

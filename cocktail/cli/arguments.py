@@ -76,7 +76,9 @@ class _Version(argparse.Action):
         try:
             number = version("cocktail-kv")
         except PackageNotFoundError:
-            number = "(not installed)"
+            from cocktail import __version__
+
+            number = f"{__version__} (from its sources)"
         print("cocktail-kv", number)
         parser.exit()
 

@@ -48,7 +48,7 @@ def _install() -> Finding:
     try:
         package = version("cocktail-kv")
     except PackageNotFoundError:
-        package = "(not installed: run from its sources)"
+        package = "(run from its sources)"
     libc = " ".join(platform.libc_ver()).strip()
     return Finding("install", "versions", "pass", f"cocktail-kv {package}, Python {platform.python_version()}, "
                    f"{platform.system()} {platform.machine()}{f', {libc}' if libc else ''}")

@@ -43,11 +43,14 @@ def findings(needed: bool = True) -> Iterator[Finding]:
     from kernels_c.backend import CpuBackend
     from kernels_c.encoder import CpuEncoder
 
-    backend = CpuBackend(isa=chosen)
-    yield _threads(backend)
-    yield from _memory(backend)
-    for isa in isas:
-        yield from probed(AREA, f"kernels, {isa}", CpuBackend(threads=1, isa=isa), CpuEncoder(threads=1, isa=isa))
+    try:
+        backend = CpuBackend(isa=chosen)
+        yield _threads(backend)
+        yield from _memory(backend)
+        for isa in isas:
+            yield from probed(AREA, f"kernels, {isa}", CpuBackend(threads=1, isa=isa), CpuEncoder(threads=1, isa=isa))
+    except RuntimeError as error:  # KernelError: of a build that is older than these sources
+        yield Finding(AREA, "kernels", "fail", str(error), _build_advice())
 
 
 def _processor() -> Finding:
