@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="FILE", required=True, help="the pairs file to write")
     p.add_argument("--plot", metavar="FILE", help="PNG (default: beside --out)")
     p.add_argument("--study", metavar="FILE", help="what is measured is kept here (default: beside --out)")
+    p.add_argument("--quick", action=_Quick, nargs=0, help="--count 3 --trials 24: enough for the losses")
 
     texts = p.add_argument_group("calibration")
     texts.add_argument("--prompts", metavar="FILE", help='JSON lines {"context", "query", optional "answer"}')
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: measured)")
     p.add_conventions(quiet="no progress")
     return p
+
+
+class _Quick(argparse.Action):
+    """Later options override it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        namespace.count, namespace.trials = 3, 24
 
 
 def _run(options: argparse.Namespace) -> None:

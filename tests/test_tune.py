@@ -344,6 +344,11 @@ def test_a_search_writes_pairs_that_the_policies_read(path, tmp_path, model, mon
     assert "belongs to another search (chunk was 32, is 64" in capsys.readouterr().err
 
 
+def test_quick_is_overridden_by_what_follows() -> None:
+    options = tune.parser().parse_args(["model", "--out", "p.json", "--text", "t", "--quick", "--trials", "5"])
+    assert (options.count, options.trials) == (3, 5)
+
+
 def test_ctrl_c_says_how_to_go_on(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def interrupt(*_: object) -> float:
         raise KeyboardInterrupt
