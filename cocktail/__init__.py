@@ -23,19 +23,26 @@ if TYPE_CHECKING:
     from cocktail.policies import Policy, load_policy
     from cocktail.saved import open_document
     from cocktail.scorers import Scorer, load_scorer
+    from cocktail.serving import Submission
     from runtime.errors import (
         BackendError,
         CheckpointError,
         CocktailError,
+        DeadlineExceeded,
         DocumentError,
         OutOfMemory,
         PlanError,
         PromptError,
+        RequestCancelled,
+        SchedulerError,
         ScorerError,
         TokenizerError,
     )
     from runtime.plan import DocumentShape, Layout, Plan, Tier
+    from runtime.request import Request, Ticket
     from runtime.sampler import SamplingParams
+    from runtime.schedule import SchedulerStats
+    from runtime.scheduler import Scheduler
 
 __version__ = "0.1.0"
 
@@ -46,16 +53,22 @@ _HOMES = {
     "cocktail.policies": ("Policy", "load_policy"),
     "cocktail.saved": ("open_document",),
     "cocktail.scorers": ("Scorer", "load_scorer"),
-    "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "DocumentError", "OutOfMemory", "PlanError",
-                       "PromptError", "ScorerError", "TokenizerError"),
+    "cocktail.serving": ("Submission",),
+    "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "DeadlineExceeded", "DocumentError",
+                       "OutOfMemory", "PlanError", "PromptError", "RequestCancelled", "SchedulerError", "ScorerError",
+                       "TokenizerError"),
     "runtime.plan": ("DocumentShape", "Layout", "Plan", "Tier"),
+    "runtime.request": ("Request", "Ticket"),
     "runtime.sampler": ("SamplingParams",),
+    "runtime.schedule": ("SchedulerStats",),
+    "runtime.scheduler": ("Scheduler",),
 }
 __all__ = [  # noqa: RUF022 (the order of the API page)
     "load", "Model", "Document", "open_document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
     "Plan", "Layout", "DocumentShape", "Tier", "plan_stats", "Policy", "load_policy", "Scorer", "load_scorer",
+    "Submission", "Scheduler", "SchedulerStats", "Request", "Ticket",
     "CocktailError", "CheckpointError", "TokenizerError", "BackendError", "OutOfMemory", "PromptError", "PlanError",
-    "ScorerError", "DocumentError",
+    "ScorerError", "DocumentError", "RequestCancelled", "DeadlineExceeded", "SchedulerError",
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from runtime.arena import ArenaLayout
@@ -107,6 +108,87 @@ class Job:
         if any(not text for text in self.stop):
             raise PromptError("a stop string is empty; leave it out instead")
 
+    @property
+    def prefill_progress(self) -> Progress | None:
+        """`progress` for the steps of the prefill."""
+        return None if self.progress is None else partial(self.progress, "prefill")
+
+
+class Transcript:
+    """An answer as it comes: ids go in, text comes out, and in the end the Answer that both make.
+
+    eos: the ids that end it. reason: why it has ended; as long as it has not, what it would be if no more came.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.eos = frozenset(job.tokenizer.eos_ids) | frozenset(job.engine.config.eos_ids)
+        self.reason: FinishReason = "length"
+        self.ids: list[int] = []
+        self._job, self._text = job, list[str]()
+        self._decoder, self._stops = job.tokenizer.stream(), StopStrings(job.stop)
+        self._begin, self._first_at = time.perf_counter(), 0.0
+
+    @property
+    def text(self) -> str:
+        """What has come out so far."""
+        return "".join(self._text)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last id was an end token, or completed a stop string."""
+        return self.reason != "length"
+
+    def begin(self) -> None:
+        """The time to the first id counts from here."""
+        self._begin = time.perf_counter()
+
+    def push(self, token: int) -> str:
+        """The next id; the text that is safe to show by now."""
+        if not self.ids:
+            self._first_at = time.perf_counter()
+        self.ids.append(token)
+        if token in self.eos:
+            self.reason = "eos"
+            return ""
+        return self._shown(self._stops.push(self._decoder.push(token)))
+
+    def finish(self) -> str:
+        """No more ids: what was held back and turned out to be ordinary text."""
+        return self._shown(self._stops.push(self._decoder.finish()) + self._stops.finish())
+
+    def answer(self, plan: Plan, reading: Reading | None, planned_s: float = 0.0) -> Answer:
+        """The whole. planned_s: of making the plan, outside the reading."""
+        job, timing = self._job, reading.timing if reading else Timing()
+        layout, sizes = plan.layout, plan_sizes(plan)
+        kept, without_room = reading.caches[0].outliers() if reading else (0, 0)
+        return Answer(self.text, tuple(self.ids), self.reason, plan, Stats(
+            prompt_tokens=len(job.prompt),
+            context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
+            reused_tokens=reading.reused if reading else 0,
+            generated_tokens=len(self.ids),
+            ttft_s=job.score_seconds + max(self._first_at - self._begin, 0.0),
+            tpot_s=timing.per_token,
+            score_s=job.score_seconds + planned_s + timing.plan,
+            score_wait_s=job.score_seconds + planned_s + timing.wait,
+            prefill_s=timing.prefill,
+            pack_s=timing.pack,
+            outliers_kept=kept,
+            outliers_without_room=without_room,
+            master_bytes=job.master.nbytes if job.master else 0,
+            weights_bytes=job.engine.weights.nbytes,
+            peak_memory_bytes=peak_memory(),
+            backend=job.engine.backend.name,
+            kernels={operation: by for operation, by in job.engine.backend.kernels().items()
+                     if operation != "attention_mass" or isinstance(job.plan, LayerwisePlan)},
+            policy=plan.policy, scorer=plan.scorer, **sizes))
+
+    def _shown(self, piece: str) -> str:
+        if self._stops.found:
+            self.reason = "stop"
+        if piece:
+            self._text.append(piece)
+        return piece
+
 
 @dataclass
 class AnswerStream:
@@ -122,12 +204,9 @@ class AnswerStream:
     _answer: Answer | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._text: list[str] = []
-        self._ids: list[int] = []
+        self._transcript = Transcript(self.job)
         self._reading: Reading | None = None
         self.plan: Plan | None = self.job.plan if isinstance(self.job.plan, Plan) else None
-        self._first_at = 0.0
-        self._begin = time.perf_counter()
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -139,7 +218,8 @@ class AnswerStream:
     def close(self) -> None:
         """End the answer here; `answer` then holds what there is."""
         if self._answer is None and self.plan is not None:
-            self._finish("interrupted")
+            self._transcript.reason = "interrupted"
+            self._answer = self._transcript.answer(self.plan, self._reading)
         self._pieces = iter(())
 
     @property
@@ -153,39 +233,24 @@ class AnswerStream:
         return self._answer
 
     def _run(self) -> Iterator[str]:
-        job, reason = self.job, "length"
-        decoder, stops = job.tokenizer.stream(), StopStrings(job.stop)
+        job, transcript = self.job, self._transcript
         try:
-            progress: Progress | None = None
-            if job.progress is not None:
-                report = job.progress
-
-                def progress(done: int, total: int) -> None:
-                    report("prefill", done, total)
-            self._begin = time.perf_counter()
-            self._reading = read(job.engine, job.prompt, [self._kept(job.plan)], progress, master=job.master)
-            eos = frozenset(job.tokenizer.eos_ids) | frozenset(job.engine.config.eos_ids)
-            for token in self._reading.generate(job.sampling, job.max_new, eos):
-                if not self._ids:
-                    self._first_at = time.perf_counter()
-                self._ids.append(token)
-                if token in eos:
-                    reason = "eos"
-                    break
-                if piece := stops.push(decoder.push(token)):
-                    self._text.append(piece)
+            transcript.begin()
+            self._reading = read(job.engine, job.prompt, [self._kept(job.plan)], job.prefill_progress,
+                                 master=job.master)
+            for token in self._reading.generate(job.sampling, job.max_new, transcript.eos):
+                if piece := transcript.push(token):
                     yield piece
-                if stops.found:
-                    reason = "stop"
+                if transcript.ended:
                     break
         except KeyboardInterrupt:
             if self.plan is None:
                 raise
-            reason = "interrupted"
-        if rest := stops.push(decoder.finish()) + stops.finish():
-            self._text.append(rest)
+            transcript.reason = "interrupted"
+        if rest := transcript.finish():
             yield rest
-        self._finish("stop" if stops.found else reason)  # type: ignore[arg-type]
+        assert self.plan is not None
+        self._answer = transcript.answer(self.plan, self._reading)
 
     def _kept(self, plan: Planned) -> Planned:
         """The plan; where it is to come, one that is kept here once it is made, whatever becomes of the prefill."""
@@ -196,32 +261,6 @@ class AnswerStream:
         if isinstance(plan, LayerwisePlan):
             return replace(plan, make=lambda chunks, masses: keep(plan.make(chunks, masses)))
         return plan if isinstance(plan, Plan) else replace(plan, make=lambda: keep(plan.make()))
-
-    def _finish(self, reason: FinishReason) -> None:
-        job, plan, timing = self.job, self.plan, self._reading.timing if self._reading else Timing()
-        assert plan is not None
-        layout, sizes = plan.layout, plan_sizes(plan)
-        kept, without_room = self._reading.caches[0].outliers() if self._reading else (0, 0)
-        self._answer = Answer("".join(self._text), tuple(self._ids), reason, plan, Stats(
-            prompt_tokens=len(job.prompt),
-            context_tokens=layout.n_chunks * layout.chunk + layout.remainder,
-            reused_tokens=self._reading.reused if self._reading else 0,
-            generated_tokens=len(self._ids),
-            ttft_s=job.score_seconds + max(self._first_at - self._begin, 0.0),
-            tpot_s=timing.per_token,
-            score_s=job.score_seconds + timing.plan,
-            score_wait_s=job.score_seconds + timing.wait,
-            prefill_s=timing.prefill,
-            pack_s=timing.pack,
-            outliers_kept=kept,
-            outliers_without_room=without_room,
-            master_bytes=job.master.nbytes if job.master else 0,
-            weights_bytes=job.engine.weights.nbytes,
-            peak_memory_bytes=peak_memory(),
-            backend=job.engine.backend.name,
-            kernels={operation: by for operation, by in job.engine.backend.kernels().items()
-                     if operation != "attention_mass" or isinstance(job.plan, LayerwisePlan)},
-            policy=plan.policy, scorer=plan.scorer, **sizes))
 
 
 class StopStrings:

@@ -25,6 +25,7 @@ from cocktail.chunks import cut
 from cocktail.policies import Policy, default_query, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.attention import AttentionScorer, query_rows
+from cocktail.serving import Submission
 from runtime.chat import PromptParts, split_prompt
 from runtime.engine import PendingPlan, Planned, Reading, keep, read
 from runtime.errors import DocumentError, PlanError, PromptError
@@ -192,6 +193,27 @@ class Document:
         for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done; what goes
         wrong while chunks are scored comes once the first layer has been read, where the policy can wait so long.
         """
+        answer = AnswerStream(self._job(query, policy, scorer, plan, max_tokens, sampling, stop, progress, options))
+        return answer if stream else answer.answer
+
+    def submit(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
+               plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
+               stop: Sequence[str] = (), progress: ProgressReport | None = None, priority: int = 0,
+               deadline: float | None = None, **options: Any) -> Submission:
+        """`ask` among other requests, in the model's scheduler (Model.serve): returns at once; see Submission for how
+        to take the answer.
+
+        priority: higher ones go first. deadline: seconds within which the answer must be complete. Chunks are scored
+        on a thread of the scheduler's, but before this returns where the policy needs the scores for the cache's size
+        (`cocktail`). progress is called on its threads. Raises as ask does, OutOfMemory where it can never fit, and
+        SchedulerError.
+        """
+        job = self._job(query, policy, scorer, plan, max_tokens, sampling, stop, progress, options)
+        return Submission(self.model.scheduler, job, priority, deadline)
+
+    def _job(self, query: str, policy: str | Policy, scorer: str | Scorer, plan: Plan | None, max_tokens: int | None,
+             sampling: SamplingParams | None, stop: Sequence[str], progress: ProgressReport | None,
+             options: Mapping[str, Any]) -> Job:
         chosen_plan: Planned
         if plan is None:
             chosen_plan, seconds = self._planned(query, policy, scorer, max_tokens, progress, options)
@@ -201,10 +223,8 @@ class Document:
             chosen_plan, seconds = plan, 0.0
         max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
         self._check_plan(chosen_plan, query, max_new)
-        answer = AnswerStream(Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
-                                  sampling or SamplingParams(), max_new, tuple(stop), seconds, progress,
-                                  self._master))
-        return answer if stream else answer.answer
+        return Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
+                   sampling or SamplingParams(), max_new, tuple(stop), seconds, progress, self._master)
 
     def logits(self, query: str, answer_ids: Sequence[int], *, plan: Planned | None = None,
                **options: Any) -> npt.NDArray[np.float32]:

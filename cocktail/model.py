@@ -7,18 +7,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Literal, overload
 
 from cocktail.answer import Answer, AnswerStream, Job, check_positions
 from cocktail.document import Document, Keep
+from cocktail.serving import Submission
 from runtime.backend import Backend, load_backend
 from runtime.chat import ChatTemplate, encode_messages
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
-from runtime.errors import BackendError, CheckpointError, OutOfMemory, PromptError, TokenizerError
+from runtime.errors import (
+    BackendError,
+    CheckpointError,
+    OutOfMemory,
+    PromptError,
+    SchedulerError,
+    TokenizerError,
+)
 from runtime.model import Model as Engine
 from runtime.plan import FP16, DocumentShape, Plan
 from runtime.sampler import SamplingParams
+from runtime.scheduler import Scheduler
 from runtime.tokenizer import Tokenizer
 from runtime.weights import load_weights
 
@@ -68,7 +78,7 @@ def _named(path: str | Path) -> Iterator[None]:
 
 
 class Model:
-    """What `load` returns. Reading a document or generating keeps no state in it.
+    """What `load` returns. Reading a document or generating keeps no state in it; it may have one open scheduler.
 
     tokenizer: text to ids and back. template: the chat template, None where the checkpoint has none. engine: the model
     as the runtime sees it; no part of the stable API.
@@ -78,6 +88,8 @@ class Model:
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
+        self._scheduler: Scheduler | None = None
+        self._opening = RLock()
 
     @property
     def config(self) -> ModelConfig:
@@ -130,15 +142,54 @@ class Model:
         iterate it for pieces of text. progress(stage, done, total) reports "prefill". Raises PromptError where prompt
         and answer do not fit the model's positions, OutOfMemory.
         """
+        answer = AnswerStream(self._job(prompt, max_tokens, sampling, stop, progress, raw))
+        return answer if stream else answer.answer
+
+    def serve(self, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1,
+              ageing: float = 10.0) -> Scheduler:
+        """Opens the scheduler that `submit`, here and of documents, puts requests into; use it as a context manager.
+
+        limit: bytes that all requests may hold at once, None for nine tenths of what is free now. max_running: requests
+        that are read or answered at once. pause: seconds for which running answers may be kept waiting while prompts
+        are read. ageing: seconds of waiting that a step of priority is worth. Raises SchedulerError where one is open,
+        BackendError on CUDA without a limit.
+        """
+        with self._opening:
+            if self._scheduler is not None and not self._scheduler.closed:
+                raise SchedulerError("this model has an open scheduler; close it before another is opened")
+            self._scheduler = Scheduler(self.engine, limit=limit, max_running=max_running, pause=pause, ageing=ageing)
+            return self._scheduler
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The open scheduler; where there is none, one is opened as `serve()` does."""
+        with self._opening:
+            if self._scheduler is None or self._scheduler.closed:
+                return self.serve()
+            return self._scheduler
+
+    def submit(self, prompt: str | Sequence[Message], *, max_tokens: int | None = None,
+               sampling: SamplingParams | None = None, stop: Sequence[str] = (), raw: bool = False,
+               progress: Callable[[str, int, int], None] | None = None, priority: int = 0,
+               deadline: float | None = None) -> Submission:
+        """`generate` among other requests: returns at once; see Submission for how to take the answer.
+
+        priority: higher ones go first. deadline: seconds within which the answer must be complete. progress is called
+        on the scheduler's thread. Raises as generate does, OutOfMemory where it can never fit, and SchedulerError.
+        """
+        job = self._job(prompt, max_tokens, sampling, stop, progress, raw)
+        return Submission(self.scheduler, job, priority, deadline)
+
+    def _job(self, prompt: str | Sequence[Message], max_tokens: int | None, sampling: SamplingParams | None,
+             stop: Sequence[str], progress: Callable[[str, int, int], None] | None, raw: bool) -> Job:
         ids = tuple(self._prompt_ids(prompt, raw))
         max_new = check_positions(self.config, len(ids), max_tokens)
         shape = DocumentShape(n_layers=self.config.n_layers, n_kv_heads=self.config.n_kv_heads,
                               head_dim=self.config.head_dim, chunk=32, n_chunks=0, prefix=len(ids), remainder=0,
                               suffix=0, max_new=max_new, window=self.config.sliding_window)
         plan = Plan(shape.layout([FP16], [0]), ((),) * self.config.n_layers, policy="fp16", scorer="none")
-        answer = AnswerStream(Job(self.engine, self.tokenizer, ids, plan, sampling or SamplingParams(), max_new,
-                                  tuple(stop), progress=progress))
-        return answer if stream else answer.answer
+        return Job(self.engine, self.tokenizer, ids, plan, sampling or SamplingParams(), max_new, tuple(stop),
+                   progress=progress)
 
     def _prompt_ids(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
         if raw or (self.template is None and isinstance(prompt, str)):

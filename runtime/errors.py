@@ -53,8 +53,9 @@ class DeadlineExceeded(CocktailError):
     """A request's deadline passed before its answer was complete."""
 
 
-class SchedulerClosed(CocktailError):
-    """A scheduler takes no more requests: it was closed, or its thread ended with an error."""
+class SchedulerError(CocktailError):
+    """A scheduler takes no more requests, because it was closed or its thread ended with an error; its settings make no
+    sense; or there is one already."""
 
 
 class OutOfMemory(CocktailError):

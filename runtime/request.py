@@ -103,6 +103,7 @@ class Ticket:
 
     @property
     def state(self) -> State:
+        """One of "planning", "waiting", "reading", "running", "ended"."""
         return self._entry.state
 
     @property

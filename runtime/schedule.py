@@ -19,7 +19,7 @@ from threading import Condition
 from typing import Any, Protocol
 
 from runtime.engine import PendingPlan, Planned, Reading
-from runtime.errors import DeadlineExceeded, OutOfMemory, RequestCancelled, SchedulerClosed
+from runtime.errors import DeadlineExceeded, OutOfMemory, RequestCancelled, SchedulerError
 from runtime.master import SharedMaster
 from runtime.plan import Layout
 from runtime.request import Entry, Request, State
@@ -86,7 +86,7 @@ class Schedule:
         self.closed: BaseException | None = None
 
     def add(self, request: Request) -> Entry:
-        """Put it in line. Raises OutOfMemory where it can never fit, SchedulerClosed."""
+        """Put it in line. Raises OutOfMemory where it can never fit, SchedulerError."""
         held, scratch = self._device.needs(request.plan.layout)
         if held + scratch > self.limit:
             raise OutOfMemory(f"the request needs {held:,} bytes and {scratch:,} while it is read; the limit is "
@@ -94,7 +94,7 @@ class Schedule:
                               "less")
         with self.changed:
             if self.closed is not None:
-                raise SchedulerClosed(f"no more requests are taken: {self.closed}") from self.closed
+                raise SchedulerError(f"no more requests are taken: {self.closed}") from self.closed
             self._numbers += 1
             now = self._clock()
             entry = Entry(request, self._numbers, now, (now - request.priority * self._ageing, self._numbers), held,

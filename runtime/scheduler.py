@@ -6,7 +6,7 @@ import threading
 import weakref
 
 from runtime.batch import Decoder
-from runtime.errors import BackendError, SchedulerClosed
+from runtime.errors import BackendError, SchedulerError
 from runtime.model import Model
 from runtime.request import Request, Ticket
 from runtime.schedule import Device, Schedule, SchedulerStats
@@ -20,7 +20,10 @@ class Scheduler:
     seconds for which running answers may be kept waiting while prompts are read; one prefill step, if that is longer.
     ageing: seconds of waiting that a step of priority is worth.
 
-    One failing request ends alone. A context manager: leaving it lets all requests end, after an error it cancels them.
+    Requests are taken in order of arrival, higher priorities first; one that does not fit yet holds up those behind it.
+    One failing request ends alone. Decoding together takes the CPU backend; on CUDA answers take turns, a step each.
+    A context manager: leaving it lets all requests end, after an error it cancels them.
+    Raises SchedulerError for settings that make no sense, BackendError where free memory is not known (CUDA).
     """
 
     def __init__(self, model: Model, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1,
@@ -34,7 +37,7 @@ class Scheduler:
         for name, value, least in (("limit", limit, 1), ("max_running", max_running, 1), ("pause", pause, 0),
                                    ("ageing", ageing, 0)):
             if value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+                raise SchedulerError(f"{name} is {value}; expected at least {least}")
         self._start(decoder, limit, max_running, pause, ageing)
 
     def _start(self, device: Device, limit: int, max_running: int, pause: float, ageing: float) -> None:
@@ -46,8 +49,13 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._schedule.closed is not None
+
     def submit(self, request: Request) -> Ticket:
-        """Put a request in line. Raises OutOfMemory where it can never fit, with the figures, and SchedulerClosed."""
+        """Put a request in line. Raises OutOfMemory where it can never fit, with the figures, and SchedulerError."""
         return Ticket(self._schedule.add(request))
 
     def stats(self) -> SchedulerStats:
@@ -56,7 +64,7 @@ class Scheduler:
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests, and return when those there are have ended; drain=False cancels them."""
-        self._schedule.close(SchedulerClosed("the scheduler was closed"), cancel=not drain)
+        self._schedule.close(SchedulerError("the scheduler was closed"), cancel=not drain)
         if threading.current_thread() not in self._threads:  # a callback may close it, but cannot wait for itself
             for thread in self._threads:
                 thread.join()
@@ -87,7 +95,7 @@ def _plan(schedule: Schedule) -> None:
 
 
 def _stop(schedule: Schedule, threads: list[threading.Thread]) -> None:
-    schedule.close(SchedulerClosed("the scheduler is gone"), cancel=True)
+    schedule.close(SchedulerError("the scheduler is gone"), cancel=True)
     if threading.current_thread() is threading.main_thread():  # the collector may come by in one of the threads
         for thread in threads:
             thread.join()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from threading import Condition
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -82,6 +84,8 @@ class Stream(Generic[T]):
 
     async def _sleep(self, for_items: bool) -> None:
         """Until something changes, unless it already has."""
+        import asyncio  # who gets here has it loaded; nobody else should wait for that
+
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
         with self._changed:

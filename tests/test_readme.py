@@ -21,18 +21,18 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in fenced if name == language]
 
 
-def test_the_example_runs(tmp_path):
-    """In a process of its own, with a tiny random model in the demo model's place."""
-    (example,) = blocks("python")
-    assert len(example.splitlines()) <= 12
+def test_the_examples_run(tmp_path):
+    """One after another in a process of their own, with a tiny random model in the demo model's place."""
+    examples = blocks("python")
+    assert examples and all(len(example.splitlines()) <= 12 for example in examples)
     save_tiny_model(tmp_path / ".models", "smollm2-135m.safetensors")
     (tmp_path / "examples").mkdir()
     text = (ROOT / "examples/handbook.txt").read_text(encoding="utf-8")
     (tmp_path / "examples/handbook.txt").write_text(text[:6000], encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{example}"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    script = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *examples])
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "'K4V3': " in done.stdout
+    assert "'K4V3': " in done.stdout and "SchedulerStats(" in done.stdout
 
 
 def test_every_figure_is_filled_in():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engine import PendingPlan
-from runtime.errors import DeadlineExceeded, OutOfMemory, PromptError, RequestCancelled, SchedulerClosed
+from runtime.errors import DeadlineExceeded, OutOfMemory, PromptError, RequestCancelled, SchedulerError
 from runtime.plan import FP16, DocumentShape, Plan
 from runtime.request import Request, Ticket
 from runtime.schedule import Schedule
@@ -351,8 +351,8 @@ def test_closed_it_takes_no_more_and_those_inside_end(cancel):
     submit(schedule, Spec())
     submit(schedule, Spec(pending=True))
     schedule.turn()
-    schedule.close(SchedulerClosed("closed for the night"), cancel)
-    with pytest.raises(SchedulerClosed, match="no more requests are taken: closed for the night"):
+    schedule.close(SchedulerError("closed for the night"), cancel)
+    with pytest.raises(SchedulerError, match="no more requests are taken: closed for the night"):
         submit(schedule, Spec())
     del device.specs[2]
     assert schedule.wait_for_work() and schedule.wait_for_plans() != cancel
@@ -373,5 +373,5 @@ def test_a_thread_that_cannot_go_on_ends_everything_with_its_error():
     schedule.fail(Injected("the device is gone"))
     assert [str(spec.entry.stream.error) for spec in device.specs.values()] == ["the device is gone"] * 3
     assert (schedule.stats().bytes, device.in_use) == (0, 0)
-    with pytest.raises(SchedulerClosed, match="the device is gone"):
+    with pytest.raises(SchedulerError, match="the device is gone"):
         submit(schedule, Spec())

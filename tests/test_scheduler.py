@@ -26,7 +26,7 @@ from runtime.errors import (
     DeadlineExceeded,
     OutOfMemory,
     RequestCancelled,
-    SchedulerClosed,
+    SchedulerError,
 )
 from runtime.model import Model
 from runtime.request import Request
@@ -202,7 +202,7 @@ def test_the_limit_is_measured_or_given(model, monkeypatch):
         scheduler.submit(request)
     with Scheduler(model.engine, limit=held + scratch) as scheduler:
         assert outcome(scheduler.submit(request)) == alone(model, request)
-    with pytest.raises(ValueError, match="max_running is 0"):
+    with pytest.raises(SchedulerError, match="max_running is 0"):
         Scheduler(model.engine, max_running=0)
     monkeypatch.setattr(model.backend, "free_bytes", lambda: None)
     with pytest.raises(BackendError, match="give the scheduler a limit"):
@@ -215,7 +215,7 @@ def test_closing_drains_or_cancels_and_threads_end(model):
     ticket = scheduler.submit(request_for(model, 1))
     scheduler.close()
     assert ticket.error is None and ticket.state == "ended" and len(ticket.ids) == ticket._entry.request.max_new
-    with pytest.raises(SchedulerClosed, match="was closed"):
+    with pytest.raises(SchedulerError, match="was closed"):
         scheduler.submit(request_for(model, 1))
     with pytest.raises(KeyError), Scheduler(model.engine) as scheduler:
         ticket = scheduler.submit(request_for(model, 1))
