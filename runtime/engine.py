@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -156,8 +156,9 @@ def read(model: Model, prompt: Sequence[int], plans: Sequence[Planned], progress
 
     While another thread is the first to read what the master keeps, this one waits for it.
     """
-    with nullcontext() if master is None else master.turn():
-        steps = read_in_steps(model, prompt, plans, tile, master)
+    # Closed here and now: while a traceback is kept somewhere, an interrupted pass would go on claiming the master.
+    with (nullcontext() if master is None else master.turn(),
+          closing(read_in_steps(model, prompt, plans, tile, master)) as steps):
         while True:
             try:
                 done, total = next(steps)

@@ -45,8 +45,7 @@ class Master:
     @classmethod
     def empty(cls, backend: Backend, config: ModelConfig, tokens: int, place: Place) -> Master:
         """Room for the first `tokens` tokens. Raises DocumentError where the disk has none, MemoryError."""
-        shape = shape_of(config, tokens)
-        return cls(backend, np.empty(shape, np.float16) if place == "memory" else _mapped(shape))
+        return cls(backend, (_in_memory if place == "memory" else _mapped)(shape_of(config, tokens)))
 
     def keep(self, layer: int, k: Array, v: Array) -> None:
         """Take the first rows of k, v (G, at least n, D) f16."""
@@ -133,6 +132,17 @@ def is_keepable(config: ModelConfig) -> bool:
 
 def shape_of(config: ModelConfig, tokens: int) -> tuple[int, int, int, int, int]:
     return config.n_layers, 2, config.n_kv_heads, tokens, config.head_dim
+
+
+def _in_memory(shape: tuple[int, ...]) -> Values:
+    """MemoryError here, rather than at the touch that is one too many, if the machine or the container has less."""
+    from kernels_c.machine import available_bytes  # which needs no kernels
+
+    nbytes, free = 2 * int(np.prod(shape, dtype=np.int64)), available_bytes()
+    if free is not None and nbytes > free:
+        raise MemoryError(f"{nbytes:,} bytes are to be kept of the document, but {free:,} are free; read it with "
+                          'keep="file" or keep=False')
+    return np.empty(shape, np.float16)
 
 
 _BLOCK = 1 << 20

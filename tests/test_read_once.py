@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cocktail
 from runtime.engine import read, read_in_steps
-from runtime.errors import DocumentError, PromptError
+from runtime.errors import DocumentError, OutOfMemory, PromptError
 from runtime.master import Master
 from runtime.model import _tiles
 
@@ -156,6 +156,18 @@ def test_a_paused_first_reading_holds_nobody_back(model):
     assert doc.ask(QUESTION, max_tokens=6).ids == expected
 
 
+def test_an_interrupted_question_leaves_the_document_to_the_next_one(model):
+    """Also while somebody keeps the traceback, and with it the frames."""
+    doc = model.read(TEXT[:3000])
+
+    def stop(stage, done, total):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError) as kept:
+        doc.ask(QUESTION, policy="fp16", max_tokens=2, progress=stop)
+    assert doc.ask(QUESTION, max_tokens=2).stats.master_bytes == doc.nbytes > 0
+    assert kept.traceback
+
+
 @pytest.mark.parametrize("how", ["interrupt", "close", "error"])
 def test_a_reading_that_is_given_up_keeps_nothing_and_the_next_one_does(model, how):
     doc = model.read(TEXT[:3000])
@@ -231,6 +243,12 @@ def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monke
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     with pytest.raises(DocumentError, match="missing: no file of"):
         model.read(TEXT[:3000]).ask(QUESTION, max_tokens=2)
+
+
+def test_memory_that_does_not_suffice_is_named(model, monkeypatch):
+    monkeypatch.setattr("kernels_c.machine.available_bytes", lambda: 1000)
+    with pytest.raises(OutOfMemory, match=r"[\d,]+ bytes are to be kept of the document, but 1,000 are free"):
+        model.read(TEXT[:3000], keep="memory").prefill()
 
 
 def test_without_tmpdir_the_file_goes_where_there_is_a_disk(model, monkeypatch):
