@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cocktail
+from cocktail.verify import divergence, log_softmax
 from runtime import formats
 from runtime.cache import Cache
 from runtime.engine import Reading
@@ -108,13 +109,8 @@ def measure(model: cocktail.Model, context: str, answer_tokens: int) -> npt.NDAr
         pass
     reading = Reading(engine, tuple(prompt), caches, rope, engine.backend.download(logits).copy())
     answer = list(reading.generate(SamplingParams(), answer_tokens, ()))
-    logs = [_log_softmax(reading.force(answer, i)[1:]) for i in range(len(caches))]
-    return np.array([(np.exp(logs[0]) * (logs[0] - other)).sum(-1) for other in logs[1:]])
-
-
-def _log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    y = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
-    return y - np.log(np.exp(y).sum(axis=-1, keepdims=True))
+    logs = [log_softmax(reading.force(answer, i)[1:]) for i in range(len(caches))]
+    return np.array([divergence(logs[0], other) for other in logs[1:]])
 
 
 def main() -> None:

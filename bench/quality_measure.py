@@ -20,6 +20,7 @@ from bench.quality_settings import Setting
 from cocktail.document import Document
 from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.hybrid import z_scores
+from cocktail.verify import agreement, divergence, log_softmax
 from runtime.arena import ArenaLayout
 from runtime.engine import Planned, Reading, read
 from runtime.errors import CocktailError, PlanError
@@ -28,7 +29,6 @@ from runtime.plan import FP16, HIDDEN, Plan
 from runtime.sampler import SamplingParams
 
 ANSWER_TOKENS = 24  # of the FP16 cache's own answer
-Logs = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(model: cocktail.Model, prompt: Prompt, settings: Sequence[Setting], 
         logs = log_softmax(logits[first:])
         samples[name] = Sample(
             prompt.kind, sizes.context_bits_per_value, sizes.nbytes / 2**20,
-            tuple(divergence(exact, logs).tolist()), tuple((logs.argmax(axis=1) == exact.argmax(axis=1)).tolist()),
+            tuple(divergence(exact, logs).tolist()), tuple(agreement(exact, logs).tolist()),
             correctness(answered, given, len(lead), prompt.exact), recall(plan, needed))
     return samples
 
@@ -145,18 +145,6 @@ def make_plans(documents: Mapping[int, Document], prompt: Prompt, settings: Sequ
             if setting.match is None:
                 raise PlanError(f"{setting.name}: {error}") from error
     return {setting.name: plans[setting.name] for setting in settings if setting.name in plans}
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> Logs:
-    """(n, V) -> (n, V), in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-
-def divergence(p: Logs, q: Logs) -> Logs:
-    """KL(p || q) in nats for each row of two log-probability tables (n, V)."""
-    return np.einsum("nv,nv->n", np.exp(p), p - q)
 
 
 def correctness(logits: npt.NDArray[np.float32], answer: Sequence[int], lead: int, exact: bool) -> float:

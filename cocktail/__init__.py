@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cocktail.saved import open_document
     from cocktail.scorers import Scorer, load_scorer
     from cocktail.serving import Submission
+    from cocktail.verify import Verification
     from runtime.errors import (
         BackendError,
         CheckpointError,
@@ -54,6 +55,7 @@ _HOMES = {
     "cocktail.saved": ("open_document",),
     "cocktail.scorers": ("Scorer", "load_scorer"),
     "cocktail.serving": ("Submission",),
+    "cocktail.verify": ("Verification",),
     "runtime.errors": ("BackendError", "CheckpointError", "CocktailError", "DeadlineExceeded", "DocumentError",
                        "OutOfMemory", "PlanError", "PromptError", "RequestCancelled", "SchedulerError", "ScorerError",
                        "TokenizerError"),
@@ -65,6 +67,7 @@ _HOMES = {
 }
 __all__ = [  # noqa: RUF022 (the order of the API page)
     "load", "Model", "Document", "open_document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
+    "Verification",
     "Plan", "Layout", "DocumentShape", "Tier", "plan_stats", "Policy", "load_policy", "Scorer", "load_scorer",
     "Submission", "Scheduler", "SchedulerStats", "Request", "Ticket",
     "CocktailError", "CheckpointError", "TokenizerError", "BackendError", "OutOfMemory", "PromptError", "PlanError",

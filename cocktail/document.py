@@ -22,10 +22,12 @@ import numpy.typing as npt
 
 from cocktail.answer import Answer, AnswerStream, Job, check_positions, plan_sizes
 from cocktail.chunks import cut
+from cocktail.pins import chunks_with
 from cocktail.policies import Policy, default_query, load_policy
 from cocktail.scorers import Scorer, Scores, load_scorer
 from cocktail.scorers.attention import AttentionScorer, query_rows
 from cocktail.serving import Submission
+from cocktail.verify import Verification, verify
 from runtime.chat import PromptParts, split_prompt
 from runtime.engine import PendingPlan, Planned, Reading, keep, read
 from runtime.errors import DocumentError, PlanError, PromptError
@@ -153,53 +155,60 @@ class Document:
             max_new=check_positions(config, length, max_tokens), window=config.sliding_window, digest=self.digest)
 
     def plan(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-             max_tokens: int | None = None, **options: Any) -> Plan:
+             max_tokens: int | None = None, pin: Sequence[str] = (), **options: Any) -> Plan:
         """Which chunk keeps how many bits for this question. options go to the policy (kv_bits, alpha, sink, ...).
+
+        pin: texts of the document; every chunk that holds one gets the policy's top tier, within its budget (policies
+        budget and cocktail). Any white space in them stands for any other.
 
         With scorer "attention" the whole prompt is read for it; `pending` gives what ask and compare can make the plan
         of while they read it themselves.
         """
-        planned = self.pending(query, policy=policy, scorer=scorer, max_tokens=max_tokens, **options)
+        planned = self.pending(query, policy=policy, scorer=scorer, max_tokens=max_tokens, pin=pin,
+                               **options)
         if isinstance(planned, PendingPlan):
             return planned.make()
         return planned if isinstance(planned, Plan) else self._read(query, [planned]).plans[0]
 
     def pending(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-                max_tokens: int | None = None, progress: ProgressReport | None = None, **options: Any) -> Planned:
+                max_tokens: int | None = None, pin: Sequence[str] = (), progress: ProgressReport | None = None,
+                **options: Any) -> Planned:
         """The plan that `ask` follows, as far as it is known before the prompt is read: whole, or scored while that
         goes on. For `ask` and `compare`; arguments as for `plan`. Raises PromptError, PlanError, ScorerError."""
-        return self._planned(query, policy, scorer, max_tokens, progress, options)[0]
+        return self._planned(query, policy, scorer, max_tokens, pin, progress, options)[0]
 
     @overload
     def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
-            stop: Sequence[str] = (), stream: Literal[False] = False, progress: ProgressReport | None = None,
-            **options: Any) -> Answer: ...
+            plan: Plan | None = None, max_tokens: int | None = None, pin: Sequence[str] = (),
+            sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: Literal[False] = False,
+            progress: ProgressReport | None = None, **options: Any) -> Answer: ...
 
     @overload
     def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
-            stop: Sequence[str] = (), stream: Literal[True], progress: ProgressReport | None = None,
-            **options: Any) -> AnswerStream: ...
+            plan: Plan | None = None, max_tokens: int | None = None, pin: Sequence[str] = (),
+            sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: Literal[True],
+            progress: ProgressReport | None = None, **options: Any) -> AnswerStream: ...
 
     def ask(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-            plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
-            stop: Sequence[str] = (), stream: bool = False, progress: ProgressReport | None = None,
-            **options: Any) -> Answer | AnswerStream:
+            plan: Plan | None = None, max_tokens: int | None = None, pin: Sequence[str] = (),
+            sampling: SamplingParams | None = None, stop: Sequence[str] = (), stream: bool = False,
+            progress: ProgressReport | None = None, **options: Any) -> Answer | AnswerStream:
         """Answer a question about the document.
 
-        policy, scorer, options: see plan(); plan: one made before, instead. max_tokens: None for up to 256.
+        policy, scorer, pin, options: see plan(); plan: one made before, instead. max_tokens: None for up to 256.
         progress(stage, done, total) reports "score" and "prefill". stream=True returns an AnswerStream: iterate it
         for pieces of text. Raises PromptError, PlanError, ScorerError, OutOfMemory before any work is done; what goes
         wrong while chunks are scored comes once the first layer has been read, where the policy can wait so long.
         """
-        answer = AnswerStream(self._job(query, policy, scorer, plan, max_tokens, sampling, stop, progress, options))
+        answer = AnswerStream(self._job(query, policy, scorer, plan, max_tokens, pin, sampling, stop, progress,
+                                        options))
         return answer if stream else answer.answer
 
     def submit(self, query: str, *, policy: str | Policy = "budget", scorer: str | Scorer = "bm25",
-               plan: Plan | None = None, max_tokens: int | None = None, sampling: SamplingParams | None = None,
-               stop: Sequence[str] = (), progress: ProgressReport | None = None, priority: int = 0,
-               deadline: float | None = None, **options: Any) -> Submission:
+               plan: Plan | None = None, max_tokens: int | None = None, pin: Sequence[str] = (),
+               sampling: SamplingParams | None = None, stop: Sequence[str] = (),
+               progress: ProgressReport | None = None, priority: int = 0, deadline: float | None = None,
+               **options: Any) -> Submission:
         """`ask` among other requests, in the model's scheduler (Model.serve): returns at once; see Submission for how
         to take the answer.
 
@@ -208,21 +217,21 @@ class Document:
         (`cocktail`). progress is called on its threads. Raises as ask does, OutOfMemory where it can never fit, and
         SchedulerError.
         """
-        job = self._job(query, policy, scorer, plan, max_tokens, sampling, stop, progress, options)
+        job = self._job(query, policy, scorer, plan, max_tokens, pin, sampling, stop, progress, options)
         return Submission(self.model.scheduler, job, priority, deadline)
 
     def _job(self, query: str, policy: str | Policy, scorer: str | Scorer, plan: Plan | None, max_tokens: int | None,
-             sampling: SamplingParams | None, stop: Sequence[str], progress: ProgressReport | None,
-             options: Mapping[str, Any]) -> Job:
+             pin: Sequence[str], sampling: SamplingParams | None, stop: Sequence[str],
+             progress: ProgressReport | None, options: Mapping[str, Any]) -> Job:
         chosen_plan: Planned
         if plan is None:
-            chosen_plan, seconds = self._planned(query, policy, scorer, max_tokens, progress, options)
-        elif options:
-            raise PlanError(f"a plan was given; {', '.join(sorted(options))} would change nothing")
+            chosen_plan, seconds = self._planned(query, policy, scorer, max_tokens, pin, progress, options)
+        elif useless := sorted([*options, *["pin"] * bool(pin)]):
+            raise PlanError(f"a plan was given; {', '.join(useless)} would change nothing")
         else:
             chosen_plan, seconds = plan, 0.0
         max_new = chosen_plan.layout.max_new if max_tokens is None else max_tokens
-        self._check_plan(chosen_plan, query, max_new)
+        self.check_plan(chosen_plan, query, max_new)
         return Job(self.model.engine, self.model.tokenizer, self.prompt(query), chosen_plan,
                    sampling or SamplingParams(), max_new, tuple(stop), seconds, progress, self._master)
 
@@ -255,11 +264,24 @@ class Document:
                                  reading.plans[i])
                 for i, name in enumerate(names)}
 
+    def verify(self, query: str, answer: Answer, progress: ProgressReport | None = None) -> Verification:
+        """How far the answer is from what the exact cache would have said: one more prefill, whose context comes from
+        what is kept of the document, and room for the FP16 cache beside the mixed one.
+
+        Raises PlanError where the answer is to another document or question, PromptError where it has no token,
+        OutOfMemory.
+        """
+        exact = self.plan(query, policy="fp16", max_tokens=answer.plan.layout.max_new)
+        return verify(lambda: self._read(query, [exact, answer.plan], progress), answer.ids)
+
     def _planned(self, query: str, policy: str | Policy, scorer: str | Scorer, max_tokens: int | None,
-                 progress: ProgressReport | None, options: Mapping[str, Any]) -> tuple[Planned, float]:
+                 pin: Sequence[str], progress: ProgressReport | None,
+                 options: Mapping[str, Any]) -> tuple[Planned, float]:
         """The plan as far as it is known without reading the prompt, and the seconds that scoring took."""
         chosen = load_policy(policy, **options) if isinstance(policy, str) else policy
         chosen.check_model(self.model.engine)
+        if pin:
+            chosen = chosen.pinned(chunks_with(self, pin))
         shape = self.shape(query, max_tokens)
         if scorer == AttentionScorer.name or isinstance(scorer, AttentionScorer):
             attention = AttentionScorer()
@@ -291,12 +313,15 @@ class Document:
 
     def _read(self, query: str, plans: Sequence[Planned], progress: ProgressReport | None = None) -> Reading:
         for plan in plans:
-            self._check_plan(plan, query, plan.layout.max_new)
+            self.check_plan(plan, query)
         return read(self.model.engine, self.prompt(query), plans, _prefill_report(progress), master=self._master)
 
-    def _check_plan(self, plan: Planned, query: str, max_new: int) -> None:
-        """Raises PlanError where it was made for another model, document or length of question, as far as known."""
-        layout, shape = plan.layout, self.shape(query, max_new)
+    def check_plan(self, plan: Planned, query: str, max_new: int | None = None) -> None:
+        """Raises PlanError where it was made for another model, document or length of question, as far as known, or
+        lacks room for max_new tokens (None: for those it was made for)."""
+        layout = plan.layout
+        max_new = layout.max_new if max_new is None else max_new
+        shape = self.shape(query, max_new)
         layout.check(**{name: getattr(shape, name) for name in (
             "n_layers", "n_kv_heads", "head_dim", "window", "chunk", "prefix", "context_tokens", "suffix")})
         if layout.digest not in (None, shape.digest):

@@ -65,18 +65,18 @@ def cache_bytes(config: ModelConfig, context_tokens: int) -> dict[str, int]:
             for name, (policy, options) in WIDTHS.items()}
 
 
-def prefill_bytes(config: ModelConfig, context_tokens: int) -> int:
+def prefill_bytes(config: ModelConfig, prompt_tokens: int, max_new: int = MAX_NEW) -> int:
     """What reading a prompt takes besides weights and cache: the hidden states of all tokens, K and V of one layer, and
     the buffers of one tile (runtime.model.prefill)."""
-    n, E, D = PREFIX + context_tokens + SUFFIX, config.hidden_size, config.head_dim
+    n, E, D = prompt_tokens, config.hidden_size, config.head_dim
     rows = min(n, TILE + TILE // 8)
-    tables = 4 * (n + MAX_NEW) * D
+    tables = 4 * (n + max_new) * D
     return (4 * n * E + 4 * n * config.n_kv_heads * D + tables
             + 4 * rows * (2 * config.n_heads * D + config.intermediate_size))
 
 
 def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: float, rate: float | None) -> Finding:
-    caches, prefill = cache_bytes(config, context), prefill_bytes(config, context)
+    caches, prefill = cache_bytes(config, context), prefill_bytes(config, PREFIX + context + SUFFIX)
     subject = f"{context:,} tokens, {backend}"
     found = (f"cache {', '.join(f'{_size(nbytes)} {name}' for name, nbytes in caches.items())}; prefill "
              f"{_size(prefill)}; {_size(free)} free")

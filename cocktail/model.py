@@ -45,17 +45,8 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
     graph: whether CUDA captures decode steps. Raises CheckpointError, TokenizerError, BackendError, OutOfMemory.
     """
     begin = time.perf_counter()
-    with _named(path), Checkpoint.open(path) as checkpoint:
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        if tokenizer.vocab_size > checkpoint.config.vocab_size:
-            raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
-                                 f"{checkpoint.config.vocab_size}; they do not belong together")
-        template = ChatTemplate.from_checkpoint(checkpoint)
-        config, chosen = checkpoint.config, load_backend(backend, threads, graph)
-        try:
-            chosen.check_model(config.n_heads, config.n_kv_heads, config.head_dim)
-        except RuntimeError as error:
-            raise BackendError(f"backend {chosen.name} cannot run this model: {error}") from error
+    with open_model(path, backend, threads, graph) as (checkpoint, tokenizer, template, chosen):
+        config = checkpoint.config
         try:
             weights = load_weights(checkpoint, chosen)
         except MemoryError as error:
@@ -64,6 +55,23 @@ def load(path: str | Path, *, backend: str = "auto", threads: int | None = None,
                     weights.nbytes / 2**20, chosen.name, ", ".join(dict.fromkeys(chosen.kernels().values())),
                     time.perf_counter() - begin)
         return Model(Engine(config, weights, chosen), tokenizer, template)
+
+
+@contextmanager
+def open_model(path: str | Path, backend: str, threads: int | None, graph: bool = True,
+               ) -> Iterator[tuple[Checkpoint, Tokenizer, ChatTemplate | None, Backend]]:
+    """What `load` makes of a checkpoint before it reads the weights; arguments and errors are those of load."""
+    with _named(path), Checkpoint.open(path) as checkpoint:
+        tokenizer, config = Tokenizer.from_checkpoint(checkpoint), checkpoint.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
+                                 f"{config.vocab_size}; they do not belong together")
+        template, chosen = ChatTemplate.from_checkpoint(checkpoint), load_backend(backend, threads, graph)
+        try:
+            chosen.check_model(config.n_heads, config.n_kv_heads, config.head_dim)
+        except RuntimeError as error:
+            raise BackendError(f"backend {chosen.name} cannot run this model: {error}") from error
+        yield checkpoint, tokenizer, template, chosen
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 # Heavy imports (numpy, cocktail.load, rich) wait until the arguments are known to be good: --help must be instant.
+from cocktail.cli.dry_run import dry_run
 from cocktail.cli.entry import run_command
 from cocktail.cli.inputs import (
     cache_options,
@@ -38,9 +39,12 @@ def _run(options: argparse.Namespace) -> int:
     queries = read_queries(options)
     cache = cache_options(options) if context is not None or options.document is not None else {}
 
+    survive_any_text()
+    if options.dry_run and context is not None and queries is not None:  # else check refuses
+        return dry_run(options, context, queries[0], cache)
+
     import cocktail
 
-    survive_any_text()
     model = cocktail.load(options.model, backend=options.backend, threads=options.threads,
                           graph=not options.no_graph)
     check_model(options, model)

@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cocktail import Answer, Stats
+    from cocktail import Answer, Stats, Verification
+    from cocktail.promote import Promotion
 
 
-def table(answer: Answer) -> str:
-    """A few aligned lines: tokens, times, chunks per width, bytes, kernels."""
+def table(answer: Answer, verification: Verification | None = None, promotion: Promotion | None = None) -> str:
+    """A few aligned lines: tokens, times, chunks per width, bytes, kernels, what verification found."""
     s = answer.stats
     context = f", {s.context_tokens} of them context" if s.context_tokens else ""
     context += f", {s.reused_tokens} read before" if s.reused_tokens else ""
@@ -21,8 +22,8 @@ def table(answer: Answer) -> str:
     rows = [
         ("tokens", f"{s.prompt_tokens} in the prompt{context}; {s.generated_tokens} generated "
                    f"(ended by {answer.finish_reason})"),
-        ("time", f"TTFT {_seconds(s.ttft_s)} ({_scoring(s)}prefill {_seconds(s.prefill_s)}, "
-                 f"pack {_seconds(s.pack_s)}), TPOT {_seconds(s.tpot_s)}{rate}"),
+        ("time", f"TTFT {seconds(s.ttft_s)} ({_scoring(s)}prefill {seconds(s.prefill_s)}, "
+                 f"pack {seconds(s.pack_s)}), TPOT {seconds(s.tpot_s)}{rate}"),
     ]
     if total := sum(s.chunks.values()):
         rows += [("chunks" if i == 0 else "", f"{tier:6} {count:6} {count / total:6.1%}")
@@ -32,11 +33,15 @@ def table(answer: Answer) -> str:
     if answer.plan.layout.formats == "kvquant":
         rows.append(("outliers", f"{s.outliers_kept:,} kept exactly, {s.outliers_without_room:,} found no room"))
     rows += [
-        ("cache", f"{_size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
-                  f"{_size(s.cache_fp16_bytes)} at FP16"),
-        ("memory", f"weights {_size(s.weights_bytes)}, {_kept(s)}process peak {_size(s.peak_memory_bytes)}"),
+        ("cache", f"{size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
+                  f"{size(s.cache_fp16_bytes)} at FP16"),
+        ("memory", f"weights {size(s.weights_bytes)}, {_kept(s)}process peak {size(s.peak_memory_bytes)}"),
         ("backend", f"{s.backend}: " + ", ".join(dict.fromkeys(s.kernels.values()))),
     ]
+    if verification is not None:
+        rows.append(("verified", _verified(verification)))
+    if promotion is not None:
+        rows.append(("promoted", _promoted(promotion)))
     rows += [("note", note) for note in answer.plan.notes]
     return "\n".join(f"{name:8} {text}" for name, text in rows)
 
@@ -46,12 +51,14 @@ def line(answer: Answer) -> str:
     s = answer.stats
     cache = f"; {s.context_bits_per_value:.2f} bits per value" if sum(s.chunks.values()) else ""
     rate = f", then {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
-    return f"[{s.prompt_tokens} + {s.generated_tokens} tokens; {_seconds(s.ttft_s)} to the first{rate}{cache}]"
+    return f"[{s.prompt_tokens} + {s.generated_tokens} tokens; {seconds(s.ttft_s)} to the first{rate}{cache}]"
 
 
-def json_line(answer: Answer) -> str:
-    """Every statistic and the finish reason as one line of JSON."""
-    return json.dumps(answer.stats.to_dict() | {"finish_reason": answer.finish_reason}, allow_nan=False)
+def json_line(answer: Answer, verification: Verification | None = None, promotion: Promotion | None = None) -> str:
+    """Every statistic, the finish reason and what verification found as one line of JSON."""
+    found = {name: value.to_dict() for name, value in (("verification", verification), ("promotion", promotion))
+             if value is not None}
+    return json.dumps(answer.stats.to_dict() | {"finish_reason": answer.finish_reason} | found, allow_nan=False)
 
 
 class ProgressBar:
@@ -114,17 +121,33 @@ class StageProgress:
 
 
 def _kept(s: Stats) -> str:
-    return f"document kept {_size(s.master_bytes)}, " if s.master_bytes else ""
+    return f"document kept {size(s.master_bytes)}, " if s.master_bytes else ""
+
+
+def _verified(v: Verification) -> str:
+    if not v.kl:
+        return "nothing: the only token comes from the exact prefill"
+    return (f"{v.agreement:.1%} of {len(v.kl)} tokens have the FP16 cache's top token; KL to it {v.mean_kl:.4f} on "
+            f"average, {v.worst_kl:.4f} at token {v.worst_token} ({seconds(v.seconds)})")
+
+
+def _promoted(p: Promotion) -> str:
+    if len(p.steps) == 1:
+        return "nothing: the bound held with the budget asked for"
+    first, last = p.steps[0], p.steps[-1]
+    kl = ", ".join("none" if step.kl is None else f"{step.kl:.4f}" for step in p.steps)
+    return (f"{first.bits:.2f} to {last.bits:.2f} bits per value in {len(p.steps)} answers (mean KL {kl}): cache "
+            f"{size(first.cache_bytes)} to {size(last.cache_bytes)}, {seconds(p.seconds)} in all")
 
 
 def _scoring(s: Stats) -> str:
     hidden = s.score_s - s.score_wait_s
-    return f"score {_seconds(s.score_s)}{f', {_seconds(hidden)} of it during prefill' if hidden > 1e-4 else ''}, "
+    return f"score {seconds(s.score_s)}{f', {seconds(hidden)} of it during prefill' if hidden > 1e-4 else ''}, "
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
     return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
     return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"

@@ -20,8 +20,6 @@ from bench.quality_measure import (
     Judges,
     Sample,
     correctness,
-    divergence,
-    log_softmax,
     make_plans,
     measure,
     recall,
@@ -41,6 +39,7 @@ from bench.quality_settings import (
 from bench.quality_settings import cocktail as thresholds
 from bench.quality_sweeps import CHUNKS, SWEEPS, sweep_of
 from cocktail.scorers import load_scorer
+from cocktail.verify import divergence, log_softmax
 from runtime.engine import read
 from runtime.errors import PlanError, PromptError
 from runtime.forced import force

@@ -22,9 +22,10 @@ from cocktail.policies import load_policy
 from cocktail.policies.pairs import LayerPairs
 from cocktail.tuning import calibration as calibration_module
 from cocktail.tuning import report
-from cocktail.tuning.calibration import Calibration, Prompt, calibrate, log_softmax, prompts_of_text, read_prompts
+from cocktail.tuning.calibration import Calibration, Prompt, calibrate, prompts_of_text, read_prompts
 from cocktail.tuning.search import Found, Search, front
 from cocktail.tuning.space import CANDIDATES, Space, build_space, pair_bits, pareto, parse_candidates
+from cocktail.verify import log_softmax
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.errors import PromptError, TuneError

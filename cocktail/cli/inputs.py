@@ -69,11 +69,13 @@ def read_document(options: argparse.Namespace, model: Model, context: str | None
 
 
 def _keep(options: argparse.Namespace, model: Model) -> bool:
-    """For one question it would only cost a copy."""
+    """For one question that is not verified it would only cost a copy."""
     from runtime.master import is_keepable
 
     if options.save_document is not None:
         return True
+    if options.verify:
+        return is_keepable(model.config)
     once = options.queries is None and len(options.query or ()) == 1
     return not once and is_keepable(model.config)
 
@@ -95,8 +97,12 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     seeded = ("seed",) if options.no_search else ()
     policy = load_policy(DEFAULT_POLICY if options.policy is None else options.policy,
                          **given(options, (*POLICY_OPTIONS, *seeded)))
+    chosen: dict[str, Any] = {"policy": policy}
+    if options.pin is not None:
+        policy.pinned(())  # refuses where it cannot
+        chosen["pin"] = options.pin
     if options.scorer is None:
-        return {"policy": policy}
+        return chosen
     if not policy.uses_scores:
         raise PlanError(f"policy {policy.name} looks at no scores; leave --scorer out")
     seed = {"seed": options.seed} if options.scorer == "random" and options.seed is not None else {}
@@ -104,7 +110,7 @@ def cache_options(options: argparse.Namespace) -> dict[str, Any]:
     scorer = load_scorer(options.scorer, device=device, threads=options.threads, **seed)
     if isinstance(scorer, AttentionScorer):
         scorer.checked(policy)
-    return {"policy": policy, "scorer": scorer}
+    return chosen | {"scorer": scorer}
 
 
 def check_model(options: argparse.Namespace, model: Model) -> None:

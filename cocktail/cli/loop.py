@@ -15,7 +15,7 @@ from cocktail.cli.output import report, stream
 from runtime.errors import CocktailError, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import AnswerStream, Document, Model
+    from cocktail import Answer, AnswerStream, Document, Model
 
 
 def questions(document: Document, options: argparse.Namespace, queries: Sequence[str],
@@ -31,15 +31,16 @@ def questions(document: Document, options: argparse.Namespace, queries: Sequence
     answers, failed = {}, 0
     for query in queries:
         try:
-            answer = stream(partial(_ask, document, query, settings), options, shown=False)
+            answer, found = _answered(document, options, query, settings, shown=False)
         except CocktailError as error:
             print(json.dumps({"question": query, "error": " ".join(str(error).split())}), flush=True)
             failed += 1
             continue
         answers[query] = answer
         line = {"question": query, "answer": answer.text, "finish_reason": answer.finish_reason}
+        line |= {name: value.to_dict() for name, value in found.items()}
         print(json.dumps(line if options.stats == "none" else line | {"stats": answer.stats.to_dict()}), flush=True)
-        if code := report(answer, rest):
+        if code := report(answer, rest, found):
             return code
     if options.report is not None and answers:
         write(options.report, document, answers)
@@ -52,10 +53,10 @@ def question(document: Document, options: argparse.Namespace, query: str, settin
     """Answers a question about the document and returns the exit code. settings: of Document.ask."""
     from cocktail.report import write
 
-    answer = stream(partial(_ask, document, query, settings), options)
+    answer, found = _answered(document, options, query, settings)
     if options.report is not None:
         write(options.report, document, {query: answer})
-    return report(answer, options)
+    return report(answer, options, found)
 
 
 def complete(model: Model, options: argparse.Namespace, query: str, settings: dict[str, Any]) -> int:
@@ -81,6 +82,28 @@ def chat_on_terminal(model: Model, options: argparse.Namespace, document: Docume
             name = Path(options.model).name
             print(f"{name} on {model.backend.name}.{about} /help lists commands, Ctrl-D leaves.", file=sys.stderr)
         return converse(chat, line_editor(None if options.no_history else history_file()))
+
+
+def _answered(document: Document, options: argparse.Namespace, query: str, settings: dict[str, Any],
+              shown: bool = True) -> tuple[Answer, dict[str, Any]]:
+    """The answer and, by name, what --verify found: a Verification, a Promotion. Written to stdout as it comes, or at
+    once where its budget may rise, if it is to be shown."""
+    from cocktail.promote import promote
+    from cocktail.summary import ProgressBar
+
+    with ProgressBar(shown=sys.stderr.isatty() and not options.quiet) as progress:
+        if options.verify == "promote":
+            bound = {} if options.verify_kl is None else {"kl": options.verify_kl}
+            again = {name: value for name, value in settings.items() if name != "stream"}
+            promotion = promote(document, query, progress=progress, **bound, **again)
+            if shown:
+                progress.close()
+                print(promotion.answer.text)
+            return promotion.answer, {"verification": promotion.verification, "promotion": promotion}
+        answer = stream(partial(_ask, document, query, settings), options, shown)
+        if not options.verify or not answer.ids:
+            return answer, {}
+        return answer, {"verification": document.verify(query, answer, progress)}
 
 
 def _ask(document: Document, query: str, settings: dict[str, Any], progress: Any) -> AnswerStream:

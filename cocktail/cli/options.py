@@ -14,8 +14,8 @@ from runtime.errors import BackendError, PlanError, PromptError
 # Passed on only when given: the API's own defaults rule, and it refuses those that do not go together.
 POLICY_OPTIONS = ("kv_bits", "kv_budget", "tiers", "shares", "alpha", "beta", "sink", "tier", "pairs", "pairs_bits",
                   "no_search", "no_reorder", "bits", "residual", "formats", "calibration")
-CACHE_OPTIONS = ("policy", "scorer", *POLICY_OPTIONS)
-DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan", "report")
+CACHE_OPTIONS = ("policy", "scorer", "pin", *POLICY_OPTIONS)
+DOCUMENT_OPTIONS = (*CACHE_OPTIONS, "chunk", "plan_in", "plan_out", "show_plan", "report", "verify")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 # For --help and completion, which import nothing heavy; the tests hold them to what exists.
@@ -77,6 +77,8 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
                        "trade-off up to so many (default: the file's choice)")
     cache.add_argument("--sink", metavar="N", type=at_least(0),
                        help="first chunks that stay FP16 (default: 0 behind a chat header, else 1)")
+    cache.add_argument("--pin", metavar="TEXT", action="append",
+                       help="budget, cocktail: chunks that hold this text get the top tier; repeatable")
     cache.add_argument("--chunk", metavar="TOKENS", type=at_least(1), help="tokens per chunk, a multiple of 8 "
                        "(default: 32)")
     cache.add_argument("--plan-in", metavar="FILE", help="use this plan instead of scoring; - for stdin")
@@ -102,12 +104,19 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     machine.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto",
                          help="auto is cuda where it can run (default: auto)")
     machine.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads (default: measured)")
+    machine.add_argument("--dry-run", action="store_true",
+                         help="with --context and --query: print plan, bytes and least time of a token, run nothing")
     machine.add_argument("--no-graph", action="store_true", help="CUDA: launch every kernel of a step by itself")
 
     report = p.add_argument_group("report (stderr)")
     report.add_argument("--stats", choices=("table", "json", "none"),
                         help="summary after the answer; json is one line, the last of stderr (default: table; in the "
                         "loop a line)")
+    report.add_argument("--verify", nargs="?", const="once", choices=("once", "promote"),
+                        help="with --context and --query: compare the answer with the FP16 cache, token by token; "
+                        "promote: raise the budget and answer again until the bound holds (default: off)")
+    report.add_argument("--verify-kl", metavar="NATS", type=number,
+                        help="promote: bound on the mean KL to the FP16 cache (default: 0.01)")
     report.add_argument("--report", metavar="FILE",
                         help="with --context: write an HTML page of what each chunk keeps; all questions of a loop")
     conventions = p.add_conventions(quiet="no progress bar and no table")
@@ -135,6 +144,9 @@ def check(options: argparse.Namespace) -> None:
         raise PromptError("there is no --query, and without a terminal there is no loop to ask for one")
     if asked and options.no_history:
         raise PromptError("--no-history is about what is typed in the loop; with --query there is none")
+    _check_verify(options, asked)
+    if options.dry_run and (options.context is None or query is None):
+        raise PromptError("--dry-run is about one question to a document; give --context and one --query")
     if query is not None and options.context is None and options.document is None and not query.strip():
         raise PromptError("--query is empty and there is no --context; give one of them")
     if several and options.plan_out is not None:
@@ -148,6 +160,17 @@ def check(options: argparse.Namespace) -> None:
     for name in ("plan_out", "report", "save_document"):
         if (path := getattr(options, name)) is not None:
             check_output(path, flag(name))
+
+
+def _check_verify(options: argparse.Namespace, asked: bool) -> None:
+    if options.verify_kl is not None and options.verify != "promote":
+        raise PlanError("--verify-kl is the bound of --verify promote; give that too")
+    if options.verify == "promote" and options.plan_in is not None:
+        raise PlanError("--verify promote raises a budget, and --plan-in has none; leave one of them out")
+    if options.verify and options.dry_run:
+        raise PromptError("--dry-run makes no answer, so there is nothing to --verify; leave one of them out")
+    if options.verify and not asked:
+        raise PromptError("--verify looks at answers to --query or --queries; give one of them")
 
 
 def _check_document(options: argparse.Namespace, several: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from cocktail.cli.entry import INTERRUPTED
 from runtime.errors import PlanError
 
 if TYPE_CHECKING:
-    from cocktail import Answer, AnswerStream
+    from cocktail import Answer, AnswerStream, Plan
 
 
 def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace, shown: bool = True) -> Answer:
@@ -38,24 +38,34 @@ def stream(start: Callable[[Any], AnswerStream], options: argparse.Namespace, sh
     return pieces.answer
 
 
-def report(answer: Answer, options: argparse.Namespace) -> int:
-    """Writes the plan and the summary that were asked for; returns the exit code."""
+def report(answer: Answer, options: argparse.Namespace, found: Mapping[str, Any] | None = None) -> int:
+    """Writes the plan and the summary that were asked for; returns the exit code. found: what summary.table takes
+    besides the answer, by name."""
     from cocktail import summary
 
+    found = found or {}
     if options.plan_out is not None:
-        _write(options.plan_out, answer.plan.to_json() + "\n")
+        write_plan(options.plan_out, answer.plan)
     if options.show_plan:
         from cocktail.strip import show_plan
 
         print(file=sys.stderr)
         show_plan(answer.plan, sys.stderr)
     if options.stats == "json":
-        print(summary.json_line(answer), file=sys.stderr)
+        print(summary.json_line(answer, **found), file=sys.stderr)
     elif options.stats == "line" and not options.quiet:
         print(summary.line(answer), file=sys.stderr)
     elif options.stats in (None, "table") and not options.quiet:
-        print(f"\n{summary.table(answer)}", file=sys.stderr)
+        print(f"\n{summary.table(answer, **found)}", file=sys.stderr)
     return INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def write_plan(path: str, plan: Plan) -> None:
+    """Writes --plan-out. Raises PlanError."""
+    try:
+        Path(path).write_text(plan.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"--plan-out {path}: {error.strerror or error}") from error
 
 
 def survive_any_text() -> None:
@@ -63,10 +73,3 @@ def survive_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PlanError(f"--plan-out {path}: {error.strerror or error}") from error

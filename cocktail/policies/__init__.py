@@ -71,6 +71,12 @@ class Policy(ABC):
     def assign(self, layout: Layout, scores: Scores | None = None, scorer: str = "none") -> Plan:
         """Which chunk sits where; scores (N,) as in the first step, scorer for the Plan's record. Raises PlanError."""
 
+    def pinned(self, chunks: Sequence[int]) -> Policy:
+        """The same policy, but these chunks get its top tier whatever their scores. Raises PlanError where the policy
+        does not choose by chunk."""
+        raise PlanError(f"policy {self.name} does not choose by chunk, so it can pin none; use policy budget "
+                        "or cocktail")
+
     def check_model(self, engine: Engine) -> None:  # noqa: B027 (most policies fit every model)
         """Raises PlanError where the policy was made for another model than this one."""
 
@@ -129,6 +135,22 @@ def sink_chunks(shape: DocumentShape, sink: int | None) -> range:
     if sink is None:
         sink = int(shape.prefix < SINK_TOKENS)
     return range(first, max(first, min(sink, shape.n_chunks)))
+
+
+def check_pins(shape: DocumentShape, pins: Sequence[int]) -> None:
+    """Raises PlanError where a pinned chunk is not in the document, or hidden from the answer."""
+    hidden = len(shape.hidden_chunks())
+    for chunk in pins:
+        if not 0 <= chunk < shape.n_chunks:
+            raise PlanError(f"chunk {chunk} is pinned; the document's chunks are 0 to {shape.n_chunks - 1}")
+        if chunk < hidden:
+            raise PlanError(f"chunk {chunk} is pinned, but the model's sliding window of {shape.window} tokens hides "
+                            f"all chunks before {hidden} from the answer; leave this pin out")
+
+
+def pin_notes(pins: Sequence[int], tier: Tier) -> tuple[str, ...]:
+    """For a Plan's record."""
+    return (f"pinned at {tier}: chunk{'s' * (len(pins) > 1)} {', '.join(map(str, pins))}",) if pins else ()
 
 
 def checked_scores(policy: str, shape: DocumentShape, scores: Scores | None) -> Scores:

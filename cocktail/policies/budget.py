@@ -23,6 +23,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, isfinite
@@ -34,10 +35,12 @@ import numpy.typing as npt
 
 from cocktail.policies import (
     LayerPolicy,
+    check_pins,
     check_sink,
     checked_scores,
     labelled,
     layout_of_layers,
+    pin_notes,
     plan_of,
     sink_chunks,
 )
@@ -97,11 +100,12 @@ class BudgetPolicy(LayerPolicy):
         self.kv_budget = None if kv_budget is None else parse_bytes(kv_budget)
         self.tiers = DEFAULT_TIERS if tiers is None else _tiers(tiers)
         self.shares = None if shares is None else _shares(shares, self.tiers)
-        self.sink = check_sink(sink)
+        self.sink, self.pins = check_sink(sink), tuple[int, ...]()
         self.losses = LayerLosses.load(pairs) if isinstance(pairs, str | Path) else pairs
 
     def layout(self, shape: DocumentShape, scores: Scores | None = None) -> Layout:
-        ranked = len(self.ranked(shape))
+        check_pins(shape, self.pins)
+        ranked = self._by_score(shape)
         if self.shares is not None:
             bounds = [int(ranked * sum(self.shares[i:]) + 0.5) for i in range(len(self.shares))]
             return self._layout(shape, [Counter({tier: here - above for tier, (here, above) in zip(
@@ -128,26 +132,48 @@ class BudgetPolicy(LayerPolicy):
             self.losses.check_model(engine)
 
     def assign_layer(self, layout: Layout, layer: int, scores: Scores) -> npt.NDArray[np.int64]:
-        """The sink, then the ranks, best first, fill the tiers in order. `assign` gives all layers the same scores."""
-        hidden, sink = layout.hidden_chunks(), sink_chunks(layout, self.sink)
+        """The sink, the pins, then the ranks, best first, fill the tiers in order. `assign` gives all layers the same
+        scores."""
+        sink, pinned = sink_chunks(layout, self.sink), self._pinned(layout)
         ranked = sink.stop + np.argsort(-scores[sink.stop:], kind="stable")
+        ranked = ranked[~np.isin(ranked, pinned)]
+        order = [np.array(chunks, np.int64) for chunks in (sink, pinned, ranked, layout.hidden_chunks())]
         chunks = np.empty(layout.n_chunks, np.int64)
-        chunks[np.concatenate([np.array(sink, np.int64), ranked, np.array(hidden, np.int64)])] = np.repeat(
-            np.arange(len(layout.tiers)), layout.counts[layer])
+        chunks[np.concatenate(order)] = np.repeat(np.arange(len(layout.tiers)), layout.counts[layer])
         return chunks
 
     def plan_of_layers(self, layout: Layout, chunks: Sequence[Sequence[int]] | Sequence[npt.NDArray[np.int64]],
                        scores: Scores, scorer: str) -> Plan:
         """One layer's chunks stand for all of them."""
         return plan_of(layout, np.array(chunks, np.int64), labelled(self.name, pairs=self.losses is not None), scorer,
-                       scores, self._notes(layout))
+                       scores, self._notes(layout) + pin_notes(self.pins, self.tiers[-1]))
 
     def ranked(self, shape: DocumentShape) -> range:
         return range(sink_chunks(shape, self.sink).stop, shape.n_chunks)
 
+    def with_bits(self, kv_bits: float) -> BudgetPolicy:
+        """The same policy with another budget."""
+        policy = copy(self)
+        policy.kv_bits, policy.kv_budget, policy.shares, policy._by_default = kv_bits, None, None, False
+        return policy
+
+    def pinned(self, chunks: Sequence[int]) -> BudgetPolicy:
+        policy = copy(self)
+        policy.pins = tuple(chunks)
+        return policy
+
+    def _pinned(self, shape: DocumentShape) -> list[int]:
+        """The pins that are not in the sink, which is FP16 anyway."""
+        return [chunk for chunk in self.pins if chunk in self.ranked(shape)]
+
+    def _by_score(self, shape: DocumentShape) -> int:
+        """How many chunks have their place by rank."""
+        return len(self.ranked(shape)) - len(self._pinned(shape))
+
     def _layout(self, shape: DocumentShape, ranked: Sequence[Mapping[Tier, int]]) -> Layout:
         """ranked: how many ranked chunks are at each tier, one for each layer or one for all."""
         others = Counter({FP16: len(sink_chunks(shape, self.sink)), HIDDEN: len(shape.hidden_chunks())})
+        others[self.tiers[-1]] += len(self._pinned(shape))
         return layout_of_layers(shape, [others + Counter(counts) for counts in ranked])
 
     def _affordable(self, shape: DocumentShape, path: SpendingPath) -> int:
@@ -173,13 +199,14 @@ class BudgetPolicy(LayerPolicy):
         return _bytes_of_bits(shape, DEFAULT_KV_BITS if self.kv_bits is None else self.kv_bits)
 
     def _tail_bytes(self, shape: DocumentShape) -> int:
-        arena = ArenaLayout(self._layout(shape, [{FP16: len(self.ranked(shape))}]))
+        arena = ArenaLayout(self._layout(shape, [{FP16: self._by_score(shape)}]))
         return arena.nbytes - arena.context_bytes  # the same whatever the tiers: every part is aligned by itself
 
     def _below_minimum(self, shape: DocumentShape, path: SpendingPath) -> PlanError:
         least = ArenaLayout(self._layout(shape, path.counts(0)))
-        sink = len(sink_chunks(shape, self.sink))
-        lowest = f"{self.tiers[0]} " + (f"for all but {sink} sink chunks" if sink else "throughout")
+        kept = {"sink": len(sink_chunks(shape, self.sink)), "pinned": len(self._pinned(shape))}
+        but = " and ".join(f"{count} {name} chunks" for name, count in kept.items() if count)
+        lowest = f"{self.tiers[0]} " + (f"for all but {but}" if but else "throughout")
         if self.kv_bits is not None:
             bits = ceil(Fraction(8000 * least.context_bytes, _values(shape, _stored(shape)))) / 1000
             return PlanError(f"policy budget: kv_bits is {self.kv_bits:g}; expected at least {bits:.3f}, "

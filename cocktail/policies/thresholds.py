@@ -21,6 +21,8 @@ The two modules can be switched off, as in the paper's Table V:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +31,13 @@ import numpy as np
 
 from cocktail.policies import (
     Policy,
+    check_pins,
     check_sink,
     checked_scores,
     indices_of,
     labelled,
     layout_of,
+    pin_notes,
     plan_of,
     sink_chunks,
 )
@@ -73,7 +77,7 @@ class CocktailPolicy(Policy):
         if alpha + beta > 1 - 1e-9:
             raise PlanError(f"policy cocktail: alpha + beta is {alpha + beta:g}; expected less than 1, "
                             "else the INT2 threshold reaches the FP16 threshold")
-        self.alpha, self.beta, self.sink = alpha, beta, check_sink(sink)
+        self.alpha, self.beta, self.sink, self.pins = alpha, beta, check_sink(sink), tuple[int, ...]()
         self.pairs = load_pairs(pairs, pairs_bits)
         self.no_search, self.no_reorder, self.seed = no_search, no_reorder, seed
         self.formats = Formats.load(self.name, formats, calibration)
@@ -92,7 +96,13 @@ class CocktailPolicy(Policy):
         chunks = indices_of(layout, self._tiers(layout, checked), self.pairs)
         label = labelled(self.name, pairs=self.pairs, no_search=self.no_search, no_reorder=self.no_reorder,
                          **self.formats.mark)
-        return plan_of(layout, chunks, label, scorer, checked)
+        return plan_of(layout, chunks, label, scorer, checked, pin_notes(self.pins, FP16))
+
+    def pinned(self, chunks: Sequence[int]) -> CocktailPolicy:
+        """FP16 like the sink; what they score still counts in Eq. 2 and 3."""
+        policy = copy(self)
+        policy.pins = tuple(chunks)
+        return policy
 
     def check_model(self, engine: Engine) -> None:
         self.formats.check_model(engine)
@@ -100,6 +110,7 @@ class CocktailPolicy(Policy):
             self.pairs.check_model(engine)
 
     def _tiers(self, shape: DocumentShape, scores: Scores) -> list[Tier]:
+        check_pins(shape, self.pins)
         hidden, sink = shape.hidden_chunks(), sink_chunks(shape, self.sink)
         exact = scores.astype(np.float64)
         if self.no_search:  # the same scores on other chunks: the thresholds, and with them the counts, stay
@@ -111,6 +122,6 @@ class CocktailPolicy(Policy):
         t_low = low + (high - low) * self.alpha
         t_high = high - (high - low) * self.beta
         tiers = [HIDDEN] * len(hidden) + [LOW if s < t_low else FP16 if s > t_high else MIDDLE for s in exact]
-        for chunk in sink:
+        for chunk in (*sink, *self.pins):
             tiers[chunk] = FP16
         return tiers

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from cocktail.chunks import passages
 from cocktail.mix import SCALE
 from cocktail.report import views
+from cocktail.summary import seconds
 from runtime.errors import PlanError, PromptError
 from runtime.plan import Plan
 
@@ -49,7 +50,7 @@ def render(document: Document, asked: Mapping[str, Answer | Plan]) -> str:
         plan.layout.check(chunk=document.chunk, context_tokens=len(document.context_ids))
     texts = passages(document.model.tokenizer, document.context_ids, document.chunk)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": views.size, "seconds": views.seconds}
+    environment.filters |= {"size": views.size, "seconds": seconds}
     folder = files("cocktail.report")
     return environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8")).render(
         css=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # our own: no text of others

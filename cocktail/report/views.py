@@ -132,10 +132,6 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
-def seconds(value: float) -> str:
-    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
 def _about(plan: Plan, chunk: int) -> str:
     layout = plan.layout
     start = layout.start(chunk)

@@ -21,6 +21,7 @@ from cocktail.document import Document
 from cocktail.model import Model
 from cocktail.policies import load_policy, sink_chunks
 from cocktail.policies.pairs import LayerPairs
+from cocktail.verify import divergence, log_softmax
 from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.engine import Reading
@@ -73,8 +74,7 @@ class Sample:
         """KL from the FP16 cache under one pair per layer: (T - 1,) nats."""
         policy = load_policy("kvtuner", pairs=LayerPairs(tuple(pairs), {}, "the search"), sink=sink)
         q = log_softmax(force(self.reading(policy.plan(self.shape)), self.answer, 0)[1:])
-        p = self.exact.astype(np.float64)
-        return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+        return divergence(self.exact.astype(np.float64), q)
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,6 @@ def read_text(path: str | Path) -> str:
         raise PromptError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{path} is not UTF-8 (byte {error.start})") from None
-
-
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """(T, V) -> (T, V), in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
 
 
 class _Keeper:
