@@ -87,6 +87,10 @@ class FakeModel:
     def save(self, *args: Any) -> None:
         self.calls.append(("save", args, {}))
 
+    def after(self, turns: list[tuple[str, str]]) -> FakeModel:
+        self.calls.append(("after", (list(turns),), {}))
+        return self
+
     def close(self) -> None:
         self.calls.append(("close", (), {}))
 

@@ -89,14 +89,17 @@ def test_an_answer_is_followed_by_one_line_unless_another_form_is_asked_for(mode
     assert capsys.readouterr().err == ""
 
 
-def test_a_document_answers_every_question_by_itself(model, capsys):
+def test_a_conversation_goes_on_behind_the_document(model, capsys):
     chat = start(model)
     chat.handle("Hello")
     chat.handle("/context my doc.txt")
     assert "my doc.txt: 100 tokens, 3 chunks of 32" in capsys.readouterr().err
-    chat.handle("Who?")
-    assert model.calls[-1][:2] == ("ask", ("Who?",))
-    chat.handle("/reset")
+    for text in ("Who?", "When?", "/reset", "Where?"):
+        chat.handle(text)
+    behind = [(call, arguments) for call, arguments, _ in model.calls if call in ("after", "ask")]
+    assert behind == [("ask", ("Who?",)), ("after", ([("Who?", "Odo Farrant")],)), ("ask", ("When?",)),
+                      ("ask", ("Where?",))]
+    chat.handle("/close")
     assert model.calls[-1][0] == "close"
     chat.handle("Hello again")
     assert messages(model) == [("user", "Hello again")]
@@ -228,18 +231,18 @@ def test_a_conversation_that_is_too_long_can_begin_anew(model):
     model.pieces = [PromptError("the prompt has 9000 tokens")]
     with pytest.raises(PromptError, match="9000 tokens; /reset begins anew"):
         chat.handle("Hello")
-    assert len(chat.turns) == 2
+    assert chat.turns == [("Hello", "Odo Farrant")]
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_went(model, capsys):
     model.pieces = ["Odo ", KeyboardInterrupt()]
     chat = start(model)
     assert converse(chat, feed(["Who?"])) == 0
-    assert chat.turns[-1] == {"role": "assistant", "content": "Odo "}
+    assert chat.turns == [("Who?", "Odo ")]
     model.generate = lambda *_, **__: FakeStream([KeyboardInterrupt()], plan=None)  # before there is a plan
     assert converse(chat, feed(["And?"])) == 0
     assert "(stopped before there was an answer)" in capsys.readouterr().err
-    assert len(chat.turns) == 2
+    assert len(chat.turns) == 1
 
 
 def test_the_docs_name_every_command():

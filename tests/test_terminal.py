@@ -118,7 +118,7 @@ def test_a_history_that_cannot_be_kept_is_a_warning(files):
 
 def test_tab_completes_commands_files_and_policies(files):
     _, code = in_terminal(command(files, ["model"]), ("/help lists", ""),
-                          (PROMPT, "/cont\t"), ("ext", " d\t"), ("oc.txt", "\r"), ("alone", ""),
+                          (PROMPT, "/cont\t"), ("ext", " d\t"), ("oc.txt", "\r"), ("chunks of", ""),
                           (PROMPT, "/pol\t"), ("icy", " uni\t"), ("form", " tier=K4V2\r"),
                           ("policy uniform tier=K4V2", ""), (PROMPT, "/quit\r"))
     assert code == 0

@@ -1,6 +1,6 @@
 """A chat without its terminal: what each text from the user does. cocktail.cli.terminal reads the texts.
 
-Without a document the turns are one conversation. With one, every text is a question of its own about it.
+The turns are one conversation, behind the document where there is one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -19,9 +20,7 @@ from cocktail.cli.output import report, stream
 from runtime.errors import CocktailError, PlanError, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import Answer, Document, Model, Plan
-
-Message = dict[str, str]
+    from cocktail import Answer, AnswerStream, Document, Model, Plan
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Chat:
     settings: dict[str, Any]
     cache: dict[str, Any] = field(default_factory=dict)
     document: Document | None = None
-    turns: list[Message] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)  # what was said, and the answer
     asked: dict[str, Answer | Plan] = field(default_factory=dict)  # about the document
     last: Answer | None = None
 
@@ -78,23 +77,29 @@ class Chat:
         self.take(None)
 
     def _answer(self, text: str) -> None:
+        try:
+            self.last = stream(partial(self._begin, text), self.options)
+        except PromptError as error:
+            raise PromptError(f"{error}; /reset begins anew" if self.turns else str(error)) from error
+        self.turns.append((text, self.last.text))
         if self.document is not None:
-            document = self.document
-            self.last = stream(lambda progress: document.ask(text, progress=progress, **self.cache, **self.settings),
-                               self.options)
             self.asked[text] = self.last
             if self.options.report is not None:
-                self._write_report(document, self.options.report)
+                self._write_report(self.document, self.options.report)
+        report(self.last, self.options)
+
+    def _begin(self, text: str, progress: Any) -> AnswerStream:
+        answer: AnswerStream
+        if self.document is not None:
+            document = self.document.after(self.turns) if self.turns else self.document
+            answer = document.ask(text, progress=progress, **self.cache, **self.settings)
         else:
             system = [] if self.options.system is None else [{"role": "system", "content": self.options.system}]
-            asked = {"role": "user", "content": text}
-            try:
-                self.last = stream(lambda progress: self.model.generate(
-                    [*system, *self.turns, asked], progress=progress, **self.settings), self.options)
-            except PromptError as error:
-                raise PromptError(f"{error}; /reset begins anew" if self.turns else str(error)) from error
-            self.turns += [asked, {"role": "assistant", "content": self.last.text}]
-        report(self.last, self.options)
+            said = [{"role": role, "content": one} for turn in self.turns
+                    for role, one in zip(("user", "assistant"), turn, strict=True)]
+            answer = self.model.generate([*system, *said, {"role": "user", "content": text}], progress=progress,
+                                         **self.settings)
+        return answer
 
     # Commands. Each takes what was written behind its name.
 
@@ -112,7 +117,7 @@ class Chat:
             _say("there is no document; /context FILE reads one")
         else:
             _say(f"{self.options.context or self.options.document}: {len(self.document.context_ids):,} tokens, "
-                 f"{self.document.n_chunks} chunks of {self.document.chunk}; every question is answered from it alone")
+                 f"{self.document.n_chunks} chunks of {self.document.chunk}")
 
     def _choose_policy(self, words: str) -> None:
         if words:
@@ -182,6 +187,10 @@ class Chat:
         _say(("this" if text else "the model's own") + " system message from now on; the conversation begins anew")
 
     def _reset(self, _: str) -> None:
+        self.turns = []
+        _say("a new conversation" + ("" if self.document is None else " about the same document"))
+
+    def _forget_document(self, _: str) -> None:
         self.take(None)
         _say("a new conversation, without a document")
 
@@ -201,7 +210,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "help": Command("", "this list", Chat._help),
-    "context": Command("FILE", "answer from this document from now on; without FILE, say which", Chat._read_file),
+    "context": Command("FILE", "talk about this document from now on; without FILE, say which", Chat._read_file),
     "policy": Command("NAME [OPTION=VALUE ...]", "how the cache is quantized, as in /policy budget kv-bits=4",
                       Chat._choose_policy),
     "scorer": Command("NAME", "what ranks the chunks", Chat._choose_scorer),
@@ -209,7 +218,8 @@ COMMANDS = {
     "stats": Command("", "what the last answer took", Chat._show_stats),
     "report": Command("FILE", "write a page of every question about the document (report.html)", Chat._show_report),
     "system": Command("TEXT", "the system message; without TEXT, the model's own again", Chat._set_system),
-    "reset": Command("", "forget the conversation and the document", Chat._reset),
+    "reset": Command("", "forget the conversation", Chat._reset),
+    "close": Command("", "forget the document, too", Chat._forget_document),
     "quit": Command("", "leave", lambda chat, _: None),
 }
 
