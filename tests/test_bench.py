@@ -139,7 +139,7 @@ def test_interval_redraws_clusters():
     values = np.random.default_rng(0).normal(5, 1, 400)
     low, high = report.interval(len(values), lambda draws: values[draws].mean(axis=1))
     assert low < values.mean() < high
-    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.2)
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
     assert report.interval(5, lambda draws: np.full(len(draws), 2.0)) == (2, 2)
 
 

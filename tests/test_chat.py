@@ -127,6 +127,14 @@ def test_harmless_text_gives_the_template_s_own_prompt(name: str) -> None:
     holds()
 
 
+def test_a_space_before_a_text_goes_with_it() -> None:
+    """Tokenizers make one token of " word"; the template's own part ends before it."""
+    tok, template = KINDS["byte level"], ChatTemplate("User: {{ messages[0].content }} Answer:", TOKENS)
+    parts = split_prompt(tok, template, "mill", "Who?")
+    assert tok.decode(parts.prefix_ids) == "User:"
+    assert tok.decode(parts.context_ids) == " mill"
+
+
 def test_default_system_prompt_is_kept_and_can_be_replaced() -> None:
     tok, template = KINDS["byte level"], ChatTemplate(CHATML, TOKENS)
     assert "You are helpful" in tok.decode(split_prompt(tok, template, "doc", "q").prefix_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,13 @@ from safetensors.numpy import load_file
 
 from cocktail.scorers import load_scorer
 from cocktail.scorers.encoder import EncoderScorer
+from cocktail.scorers.folder import EncoderFolder
 from cocktail.scorers.llm_embedder import PASSAGE_PREFIX, QUERY_PREFIX
 from converters import __main__ as converters
 from kernels_c import available_isas
 from kernels_c.encoder import CpuEncoder
 from runtime.checkpoint import Tensor
-from runtime.encoder import Encoder
+from runtime.encoder import Encoder, _batches
 from runtime.errors import CheckpointError, ScorerError, UnsupportedEncoder
 
 ISAS = available_isas()
@@ -293,6 +295,38 @@ def test_an_overlong_query_keeps_the_prefix_and_its_end(tmp_path: Path) -> None:
     kept = scorer._folder.tokenizer.decode(ids, skip_special_tokens=False)
     assert kept == "[CLS] query : three four five six seven eight nine ten eleven twelve thirteen fourteen [SEP]"
     assert len(ids) <= 16
+
+
+def test_a_long_prefix_leaves_half_of_the_window_to_the_query(tmp_path: Path) -> None:
+    folder = EncoderFolder.open(with_tokenizer(tmp_path, max_seq_length=16))
+    folder = replace(folder, query_prefix="one two three four five six seven eight nine ten eleven twelve thirteen: ")
+    (ids,) = folder.queries(["what did the miller say about the river last summer"])
+    kept = folder.tokenizer.decode(ids, skip_special_tokens=False)
+    assert kept == "[CLS] one two three four five six seven miller say about the river last summer [SEP]"
+    assert len(ids) == 16
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_texts_are_lower_cased_where_the_folder_says_so(tmp_path: Path, lower: bool) -> None:
+    with_tokenizer(tmp_path, max_seq_length=16, do_lower_case=lower)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
+    folder = EncoderFolder.open(tmp_path)
+    mixed, plain = (list(folder.passages([text])) for text in ("A Mill", "a mill"))
+    assert (mixed == plain) == lower
+    assert list(folder.queries(["A Mill"])) == mixed
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=20), rows=st.integers(1, 40))
+def test_batches_have_at_most_so_many_rows(lengths: list[int], rows: int) -> None:
+    """In order and complete; a sequence longer than that is alone; none is cut off early."""
+    sequences = [[i] * length for i, length in enumerate(lengths)]
+    batches = list(_batches(sequences, rows))
+    assert [row for batch in batches for row in batch] == sequences
+    for batch in batches:
+        assert len(batch) == 1 or sum(map(len, batch)) <= rows
+    for batch, behind in pairwise(batches):
+        assert sum(map(len, batch)) + len(behind[0]) > rows
 
 
 def test_passages_take_the_prompt_of_either_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,10 @@ def test_the_fingerprint_is_the_models_and_no_backends(folder, document):
     with Checkpoint.open(folder / "chat.safetensors") as checkpoint:
         oracle = Engine(checkpoint.config, load_weights(checkpoint, NumpyBackend()), NumpyBackend())
         assert fingerprint(oracle) == fingerprint(engine)
+        embed = oracle.weights.embed.copy()
+        embed[-1, 0] += 1
+        other = replace(oracle, weights=replace(oracle.weights, embed=embed))
+        assert fingerprint(other) != fingerprint(engine)
         oracle.weights.layers[1].mlp_norm[3] += 1
         assert fingerprint(oracle) != fingerprint(engine)
 

@@ -28,8 +28,11 @@ class Server:
         lock, owner = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # what a redirect that is followed comes to
+                self.do_POST()
+
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
                 with lock:
                     owner.requests.append(body | {"path": self.path})
                     owner.headers.append(self.headers)
@@ -148,7 +151,7 @@ def test_what_does_not_pass_ends_with_the_servers_words(server: Server, waits: l
     assert waits == [0.5, 1.0, 2.0, 4.0] and len(server.requests) == 5
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 307])
+@pytest.mark.parametrize("status", [400, 401, 404, 301, 302, 303, 307, 308])
 def test_what_will_not_pass_is_not_tried_again(server: Server, waits: list[float], status: int) -> None:
     """A redirect neither: it would carry the key elsewhere."""
     server.answer = lambda number, body: (status, b'{"error": "no"}', {"Location": server.url + "/elsewhere"})

@@ -251,8 +251,3 @@ def test_arena_is_aligned_and_refuses_more_than_the_machine_has():
     assert backend.arena(1000).ctypes.data % 64 == 0
     with pytest.raises(MemoryError, match=r"needs 1,125,899,906,842,624 bytes, but [\d,]+ are free"):
         backend.arena(2**50)
-
-
-def test_default_threads_are_sensible():
-    backend = CpuBackend()
-    assert 1 <= backend.threads <= 256 and 1 <= backend.streaming_threads <= 256

@@ -289,6 +289,17 @@ def test_missing_and_extra_fields_are_refused(path: tuple[str, ...]) -> None:
         Plan.from_json(json.dumps(data))
 
 
+def test_a_field_that_appears_twice_is_refused() -> None:
+    text = small().to_json()
+    with pytest.raises(PlanError, match="a field appears twice"):
+        Plan.from_json(text[:-1] + ',"policy":"other"}')
+
+
+def test_a_number_too_long_to_print_is_refused_without_being_printed() -> None:
+    with pytest.raises(PlanError, match="n_layers is a huge number"):
+        replace(small().layout, n_layers=10**5000)
+
+
 @settings(deadline=None)
 @given(data=st.data())
 def test_mutated_text_gives_a_plan_or_plan_error(data: st.DataObject) -> None:
