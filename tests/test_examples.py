@@ -3,11 +3,23 @@ COCKTAIL_DEMO_MODEL names it on the demo model."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from tiny_model import save_tiny_model
@@ -15,6 +27,7 @@ from tiny_model import save_tiny_model
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is the access code of the boathouse?"
 DEMO = os.environ.get("COCKTAIL_DEMO_MODEL")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +47,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(ROOT / "examples" / name), *arguments], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env=ENVIRONMENT, timeout=300)
 
 
 def test_embed(model, document):
@@ -58,9 +71,59 @@ def test_compare(model, document):
     assert all(float(b) < 4 and float(s) < float(size) and 0 < float(k) < 20 for _, b, s, k in quantized)
 
 
-@pytest.mark.parametrize("name", ["embed.py", "compare.py"])
-def test_errors_are_one_line(name, document):
-    done = run(name, "nowhere.safetensors", document, QUESTION)
+@contextmanager
+def serve(name: str, *arguments: str) -> Iterator[str]:
+    """Runs the example until the block ends; its address. Ctrl-C has to end it well."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "examples" / name), *arguments, "--port", "0"], text=True,
+                               stderr=subprocess.PIPE, env=ENVIRONMENT)
+    try:
+        shown = ""
+        while not (running := re.search(r"running on (http://\S+)", shown)):
+            line = process.stderr.readline()
+            assert line, f"{name} ended with {process.wait(60)}: {shown}"
+            shown += line
+        yield running[1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def post(address: str, question: str) -> str:
+    with urllib.request.urlopen(address, question.encode(), timeout=120) as response:
+        return response.read().decode()
+
+
+def numbers(address: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
+        return json.load(response)
+
+
+def test_web(model, document):
+    questions = [QUESTION, "What is the name of the ferry?", "Who is the mayor?"]
+    with serve("web.py", model, document) as address, ThreadPoolExecutor() as users:
+        together = list(users.map(partial(post, f"{address}/ask"), questions))
+        assert together == [post(f"{address}/ask", question) for question in questions]  # whoever else is there
+        assert not DEMO or "7294" in together[0]
+
+        gone = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port))
+        gone.sendall(b"POST /ask HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nWho?")
+        assert gone.recv(12) == b"HTTP/1.1 200"
+        gone.close()
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            post(f"{address}/ask", "  ")
+        end = time.monotonic() + 60
+        while (stats := numbers(address))["completed"] + stats["cancelled"] < 7 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert stats["completed"] >= 6
+        assert {stats[name] for name in ("planning", "waiting", "reading", "running", "failed", "bytes")} == {0}
+
+
+@pytest.mark.parametrize(("name", "questions"), [("embed.py", [QUESTION]), ("compare.py", [QUESTION]), ("web.py", [])])
+def test_errors_are_one_line(name, questions, document):
+    done = run(name, "nowhere.safetensors", document, *questions)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*nowhere.*\n", done.stderr)
 
