@@ -123,7 +123,7 @@ class Document:
         self.prefill(progress)
         if self._master is None or (full := self._master.full) is None:
             raise DocumentError("another reading of this document is paused midway; save it once that has ended")
-        return save_document(self, full.values, path)
+        return save_document(self, full, path)
 
     def close(self) -> None:
         """Give back what is kept, file or memory. The document can still be asked; it is then read again."""

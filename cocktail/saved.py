@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ import numpy.typing as npt
 
 from runtime.checkpoint import SafetensorsFile
 from runtime.errors import CheckpointError, DocumentError
-from runtime.master import Master, Values, shape_of
+from runtime.master import Master, shape_of
 
 if TYPE_CHECKING:
     from cocktail.document import Document
@@ -64,23 +65,24 @@ class _About:
                    "none" if model.template is None else model.template.digest, chunk, system, prefix)
 
 
-def save_document(document: Document, values: Values, path: str | Path) -> int:
+def save_document(document: Document, master: Master, path: str | Path) -> int:
     """Write the file and return its size in bytes; an existing one is replaced once the new one is complete.
 
-    values: (L, 2, G, n, D). Raises DocumentError; on any failure nothing is left behind.
+    Raises DocumentError, also where the document was opened and is damaged; on any failure nothing is left behind.
     """
     model, path = document.model, Path(path)
     about = _About.of(model, document.chunk, document.system, len(document.prefix_ids))
     said = json.dumps(asdict(about))
     ids = np.array([*document.prefix_ids, *document.context_ids], "<i4")
     text = np.frombuffer(document.context.encode(), np.uint8)
-    sums = np.empty((len(values) + 1, 32), np.uint8)
+    shape = shape_of(model.config, len(ids))
+    sums = np.empty((shape[0] + 1, 32), np.uint8)
     sums[0] = _checksum(said.encode(), ids, text)
     with _written(path) as file:
-        file.write(_header(said, kv=values, ids=ids, text=text, sha256=sums))
-        for layer, layer_values in enumerate(values):
-            data = layer_values.reshape(-1).view(np.uint8)
-            file.write(data)
+        file.write(_header(said, shape, ids=ids, text=text, sha256=sums))
+        for layer in range(shape[0]):
+            data = master.layer(layer).reshape(-1).view(np.uint8)
+            file.write(data.data)
             sums[layer + 1] = _checksum(data)
         for rest in (ids, text, sums):
             file.write(rest.tobytes())
@@ -166,13 +168,14 @@ def _checksum(*parts: Any) -> npt.NDArray[np.uint8]:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
-def _header(said: str, **tensors: npt.NDArray[Any]) -> bytes:
-    """Of a safetensors file. (The library's own writer wants all of it in memory at once.)"""
+def _header(said: str, kv: tuple[int, ...], **tensors: npt.NDArray[Any]) -> bytes:
+    """Of a safetensors file. kv: its shape. (The library's own writer wants all of it in memory at once.)"""
     entries: dict[str, Any] = {"__metadata__": {_KEY: said}}
+    sizes = {"kv": (kv, 2 * math.prod(kv))} | {name: (tensor.shape, tensor.nbytes) for name, tensor in tensors.items()}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _TENSORS[name], "shape": tensor.shape, "data_offsets": [begin, end]}
+    for name, (shape, nbytes) in sizes.items():
+        begin, end = end, end + nbytes
+        entries[name] = {"dtype": _TENSORS[name], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-(8 + len(header)) % 64)  # the values begin at a cache line
     return len(header).to_bytes(8, "little") + header

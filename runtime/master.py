@@ -29,7 +29,7 @@ from runtime.config import ModelConfig
 from runtime.errors import DocumentError, PromptError
 
 Place = Literal["file", "memory"]  # where a master is kept
-Values = npt.NDArray[np.float16]  # (L, 2, G, n, D): K and V of every layer
+Values = npt.NDArray[np.float16]  # (L, 2, G, n, D): K and V of every layer; or (2, G, n, D) of one
 
 
 class Master:
@@ -37,9 +37,8 @@ class Master:
     where it is not what was written."""
 
     def __init__(self, backend: Backend, values: Values, check: Callable[[int], None] | None = None) -> None:
-        self.values = values
-        self.tokens = values.shape[3]
-        self._backend, self._check = backend, check
+        self.tokens, self.nbytes = values.shape[3], values.nbytes
+        self._values, self._backend, self._check = values, backend, check
         self._checked: set[int] = set()
 
     @classmethod
@@ -47,20 +46,25 @@ class Master:
         """Room for the first `tokens` tokens. Raises DocumentError where the disk has none, MemoryError."""
         return cls(backend, (_in_memory if place == "memory" else _mapped)(shape_of(config, tokens)))
 
+    def layer(self, layer: int) -> Values:
+        """(2, G, n, D), checked."""
+        if self._check is not None and layer not in self._checked:
+            self._check(layer)
+            self._checked.add(layer)
+        values: Values = self._values[layer]
+        return values
+
     def keep(self, layer: int, k: Array, v: Array) -> None:
         """Take the first rows of k, v (G, at least n, D) f16."""
         for side, rows in enumerate((k, v)):
-            for head, kept in enumerate(self.values[layer, side]):
+            for head, kept in enumerate(self._values[layer, side]):
                 kept[:] = self._backend.download(rows[head][: self.tokens])
 
     def fetch(self, layer: int, k: Array, v: Array, first: int = 0) -> None:
         """Put the rows from `first` on into those of k, v (G, at least n, D) f16."""
-        if self._check is not None and layer not in self._checked:
-            self._check(layer)
-            self._checked.add(layer)
         if first < self.tokens:
-            for side, rows in enumerate((k, v)):
-                for head, kept in enumerate(self.values[layer, side]):
+            for rows, heads in zip((k, v), self.layer(layer), strict=True):
+                for head, kept in enumerate(heads):
                     rows[head][first : self.tokens] = self._backend.upload(kept[first:])
 
 
@@ -85,7 +89,7 @@ class SharedMaster:
     @property
     def nbytes(self) -> int:
         """What is kept now, in bytes."""
-        return 0 if (full := self._full) is None else full.values.nbytes
+        return 0 if (full := self._full) is None else full.nbytes
 
     def clear(self) -> None:
         """Forget the values; passes under way end with them."""

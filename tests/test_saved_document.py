@@ -133,6 +133,9 @@ def test_a_damaged_layer_is_refused_by_every_question(saved, model, tmp_path):
     for _ in range(2):
         with pytest.raises(DocumentError, match="layer 1 is damaged"):
             doc.ask(QUESTION, max_tokens=2)
+    with pytest.raises(DocumentError, match="layer 1 is damaged"):
+        doc.save(tmp_path / "again.kv")  # with checksums that would say that all is well
+    assert [entry.name for entry in tmp_path.iterdir()] == ["d.kv"]
 
 
 def rewritten(saved, target, **changes):
