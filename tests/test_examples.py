@@ -102,7 +102,7 @@ def numbers(address: str) -> dict[str, Any]:
 
 
 def test_web(model, document):
-    questions = [QUESTION, "What is the name of the ferry?", "Who is the mayor?"]
+    questions = [QUESTION, "What is the name of the ferry?"]
     with serve("web.py", model, document) as address, ThreadPoolExecutor() as users:
         together = list(users.map(partial(post, f"{address}/ask"), questions))
         assert together == [post(f"{address}/ask", question) for question in questions]  # whoever else is there
@@ -115,9 +115,9 @@ def test_web(model, document):
         with pytest.raises(urllib.error.HTTPError, match="400"):
             post(f"{address}/ask", "  ")
         end = time.monotonic() + 60
-        while (stats := numbers(address))["completed"] + stats["cancelled"] < 7 and time.monotonic() < end:
+        while (stats := numbers(address))["completed"] + stats["cancelled"] < 5 and time.monotonic() < end:
             time.sleep(0.05)
-        assert stats["completed"] >= 6
+        assert stats["completed"] >= 4
         assert {stats[name] for name in ("planning", "waiting", "reading", "running", "failed", "bytes")} == {0}
 
 
