@@ -4,32 +4,18 @@ One row is computed with float32 activations. More rows go through tensor cores 
 weights' type, as in any half-precision runtime, and the bounds say so.
 """
 
-import os
-
 import numpy as np
 import pytest
-from dense_ref import EPS, Qkv, drawn, hostile, norm64, stored
+from cuda_backend import BACKEND, EXAMPLES, LARGE, OTHERS, cupy, up
+from dense_ref import EPS, Qkv, hostile, norm64, stored
 from hypothesis import strategies as st
 from mass_ref import mass_arrays, mass_cases, mass_reference
 from strategies import count, seeds, spread
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail-kv[cuda13]'",
-                           exc_type=ImportError)
+from kernels_cu import product
+from kernels_cu.build import in_order
+from kernels_cu.errors import DeviceMemoryError, KernelError
 
-from kernels_cu import product  # noqa: E402
-from kernels_cu.errors import DeviceMemoryError, KernelError, NoDevice  # noqa: E402
-
-try:
-    from kernels_cu.backend import CudaBackend
-    from kernels_cu.build import in_order
-
-    BACKEND = CudaBackend()
-except NoDevice as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "64"))  # of prefill attention; of every other property:
-OTHERS = min(EXAMPLES, int(os.environ.get("COCKTAIL_CUDA_EXAMPLES", "64")))
-LARGE = os.environ.get("COCKTAIL_LARGE", "1") != "0"  # 0 for compute-sanitizer: no matrix and no prompt of real size
 pytestmark = pytest.mark.usefixtures("compiled")
 ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # of one activation on its way to the tensor cores
 GUARD = 64
@@ -54,10 +40,6 @@ class Guarded:
         whole = BACKEND.download(self.whole)
         assert np.isnan(whole[:GUARD]).all() and np.isnan(whole[-GUARD:]).all(), "wrote outside the output"
         return whole[GUARD:-GUARD].reshape(self.array.shape).astype(np.float64)
-
-
-def up(array):
-    return None if array is None else BACKEND.upload(array)
 
 
 def weights(rng, shape, dtype, scale=1.0):
@@ -264,89 +246,6 @@ def test_embed(T, E, V, dtype, seed):
     ids, out = rng.integers(0, V, T).astype(np.int32), Guarded((T, E))
     BACKEND.embed(up(ids), table, out.array)
     assert np.array_equal(out.check(), w[ids])
-
-
-@spread(
-    V=st.one_of(st.integers(1, 300), st.sampled_from([32000, 49152, 128256] if LARGE else [3000])),
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
-    top_k=st.sampled_from([0, 1, 5, 50, 10**6]),
-    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.05]),
-    penalty=st.sampled_from([1.0, 1.3]),
-    n_seen=st.integers(0, 40),
-    uniform=st.floats(0, 1, exclude_max=True),
-    levels=st.sampled_from([0, 3, 50]),  # 0: all logits differ; else there are ties
-    seed=seeds,
-    examples=OTHERS,
-)
-def test_sample(V, temperature, top_k, top_p, min_p, penalty, n_seen, uniform, levels, seed):
-    """The id is the one at which the reference's running probability passes uniform, up to float32's rounding."""
-    rng = np.random.default_rng(seed)
-    x = (rng.standard_normal((1, V)) * 3).astype(np.float32)
-    if levels:
-        x = np.round(x * levels / 10).astype(np.float32)
-    x[0, rng.integers(0, V)] = [np.nan, -np.inf, np.inf][seed % 3] if V > 1 else 0.5
-    seen = rng.integers(0, V, 40).astype(np.int32)
-    got = drawn(BACKEND, x, (temperature, top_k, top_p, min_p, penalty), seen[:n_seen], uniform)
-    values = np.where(np.isnan(x[0]), -np.inf, np.minimum(x[0], np.finfo(np.float32).max)).astype(np.float32)
-    ids = np.unique(seen[:n_seen])
-    values[ids] = np.where(values[ids] > 0, values[ids] / np.float32(penalty), values[ids] * np.float32(penalty))
-    if temperature == 0:
-        assert got == np.argmax(values)
-        return
-    scaled = (values.astype(np.float64) - values.max()) / temperature
-    order = np.lexsort((np.arange(V), -scaled))
-    p = np.exp(scaled[order])
-    slack = 1e-5
-    keep = p >= min_p * (1 - slack) if min_p else p > 0
-    p = np.where(keep, p, 0)
-    ranked = bool(0 < top_k < keep.sum()) or top_p < 1
-    if top_k:
-        p[top_k:] = 0
-    through = np.cumsum(p)
-    mass = through[-1]
-    if top_p < 1:
-        last = np.searchsorted(through, top_p * mass * (1 + slack) + 0)
-        p[min(last + 1, V) :] = 0
-        mass = p.sum()
-    rank = int(np.flatnonzero(order == got)[0])
-    assert p[rank] > 0, "drew what the filters exclude"
-    if not ranked:
-        by_id = np.empty(V)
-        by_id[order] = p
-        p, rank = by_id, got
-    through = np.cumsum(p)
-    # min_p, top_k and top_p have edges: near them the reference's mass may differ by one candidate.
-    edge = p[p > 0].min() / mass if ranked or min_p else 0
-    low, high = (through[rank] - p[rank]) / mass, through[rank] / mass
-    assert low * (1 - edge) - slack - edge <= uniform <= high * (1 + 2 * edge) + slack + edge
-
-
-def test_sampling_follows_the_distribution():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 50)).astype(np.float32)
-    none, n = np.zeros(0, np.int32), 4000 if LARGE else 40
-    for top_k in (0, 20):
-        ids = [drawn(BACKEND, x, (1.0, top_k, 1.0, 0.0, 1.0), none, (i + 0.5) / n) for i in range(n)]
-        p = np.exp(x[0].astype(np.float64))
-        if top_k:
-            p[np.argsort(-p)[top_k:]] = 0
-        counts = np.bincount(ids, minlength=50)
-        assert (np.abs(counts - n * p / p.sum()) <= 1.01).all()  # uniform was spaced evenly
-
-
-def test_what_sampling_finds_wrong_is_an_error():
-    none, plain = np.zeros(0, np.int32), (1.0, 0, 1.0, 0.0, 1.0)
-    for bad in (np.nan, -np.inf):
-        with pytest.raises(KernelError, match="damaged"):
-            drawn(BACKEND, np.full((1, 100), bad, np.float32), plain, none, 0.5)
-    zeros = np.zeros((1, 4), np.float32)
-    with pytest.raises(KernelError, match="those seen lies outside"):
-        drawn(BACKEND, zeros, (1.0, 0, 1.0, 0.0, 1.1), np.array([4], np.int32), 0.5)
-    for options in ((-1.0, 0, 1.0, 0.0, 1.0), (1.0, -1, 1.0, 0.0, 1.0), (1.0, 0, 1.0, 0.0, 0.0)):
-        with pytest.raises(KernelError, match="sample: needs"):
-            drawn(BACKEND, zeros, options, none, 0.5)
-    assert drawn(BACKEND, zeros, plain, none, 0.4) == 1  # and nothing of it remains
 
 
 def test_every_half_survives_embedding():
