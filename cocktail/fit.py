@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
+from shutil import disk_usage
 
 from cocktail.policies import load_policy
 from runtime.arena import ArenaLayout
@@ -11,6 +13,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
 from runtime.diagnosis import Finding
 from runtime.errors import CocktailError
+from runtime.master import is_keepable, scratch_folder, shape_of
 from runtime.plan import DocumentShape
 from runtime.tokenizer import Tokenizer
 
@@ -75,6 +78,11 @@ def prefill_bytes(config: ModelConfig, prompt_tokens: int, max_new: int = MAX_NE
             + 4 * rows * (2 * config.n_heads * D + config.intermediate_size))
 
 
+def kept_bytes(config: ModelConfig, context_tokens: int) -> int:
+    """The exact K and V that a document keeps in a file for its second question."""
+    return 2 * prod(shape_of(config, PREFIX + context_tokens))
+
+
 def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: float, rate: float | None) -> Finding:
     caches, prefill = cache_bytes(config, context), prefill_bytes(config, PREFIX + context + SUFFIX)
     subject = f"{context:,} tokens, {backend}"
@@ -84,6 +92,9 @@ def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: fl
         floors = [1e3 * (weights + caches[name]) / rate for name in ("budget", "FP16")]
         found += f"; a token takes at least {floors[0]:.1f} ms ({floors[1]:.1f} FP16)"
     held = prefill + (weights if backend == "cuda" else 0)  # the CPU maps the weights: they need not stay in memory
+    kept, disk = kept_bytes(config, context), scratch_folder()
+    if backend == "cpu" and is_keepable(config):
+        found += f"; a second question needs {_size(kept)} in {disk}"
     if held + caches["budget"] > free:
         return Finding(AREA, subject, "fail", found, "it does not fit: take a shorter context or a smaller model, or "
                        "free memory")
@@ -93,7 +104,17 @@ def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: fl
     if backend == "cpu" and weights + held + caches["FP16"] > free:
         return Finding(AREA, subject, "warn", found, "weights and an FP16 cache do not fit together: weights would be "
                        "read from the disk for every token; free memory, or take --policy budget")
+    if backend == "cpu" and is_keepable(config) and kept > (room := _room(disk)):
+        return Finding(AREA, subject, "warn", found, f"{disk} has {_size(room)} left, so only single questions are "
+                       "possible; name a folder with more room in TMPDIR")
     return Finding(AREA, subject, "pass", found)
+
+
+def _room(folder: Path) -> int:
+    try:
+        return disk_usage(folder).free
+    except OSError:  # TMPDIR names a folder that is not there
+        return 0
 
 
 def _size(nbytes: float) -> str:

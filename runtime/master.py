@@ -149,16 +149,20 @@ def _in_memory(shape: tuple[int, ...]) -> Values:
     return np.empty(shape, np.float16)
 
 
+def scratch_folder() -> Path:
+    """Where what is kept of documents lies on the disk: TMPDIR, else /var/tmp; /tmp, which is often memory itself, is
+    only the last choice."""
+    return Path(os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()))
+
+
 _BLOCK = 1 << 20
 
 
 def _mapped(shape: tuple[int, ...]) -> Values:
-    """Zeros in a file that has no name, so that nothing is left of it, however this process ends. TMPDIR says where;
-    /tmp, which is often memory itself, is only the second choice."""
-    nbytes = 2 * int(np.prod(shape, dtype=np.int64))
-    folder = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
+    """Zeros in a file that has no name, so that nothing is left of it, however this process ends."""
+    nbytes, folder = 2 * int(np.prod(shape, dtype=np.int64)), scratch_folder()
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=str(folder), buffering=0) as file:
             # Reserved now: a page that finds no room once it is written to would end the process with SIGBUS.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -167,6 +171,6 @@ def _mapped(shape: tuple[int, ...]) -> Values:
                     file.write(bytes(min(_BLOCK, nbytes - start)))
             return np.frombuffer(mmap.mmap(file.fileno(), nbytes), np.float16).reshape(shape)
     except OSError as error:
-        raise DocumentError(f"{Path(folder)}: no file of {nbytes:,} bytes for what is kept of the document: "
+        raise DocumentError(f"{folder}: no file of {nbytes:,} bytes for what is kept of the document: "
                             f"{error.strerror or error}; name another folder in TMPDIR, or read it with "
                             'keep="memory" or keep=False') from error

@@ -290,6 +290,18 @@ def test_fit(model):
         assert text in line.found + line.advice
 
 
+def test_no_room_on_the_disk_for_a_second_question(model, monkeypatch):
+    monkeypatch.setattr("cocktail.fit.disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    *_, found = fit(model, 4000, machine(1 << 30))
+    assert (found.status, "TMPDIR" in found.advice) == ("warn", True)
+    *_, found = fit(model, 4000, machine(1 << 30, "cuda"))
+    assert found.status == "pass"
+    monkeypatch.undo()
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    *_, found = fit(model, 4000, machine(1 << 30))
+    assert (found.status, "/nowhere has 0 MiB left" in found.advice) == ("warn", True)
+
+
 def test_on_a_gpu_the_weights_must_fit_too(model):
     weights, prefill, caches = sizes(model)
 

@@ -111,9 +111,9 @@ def _qkv(backend: Backend) -> Iterator[Case]:
         wanted = [(_rms(x, norm) @ matrix.T + bias).reshape(T, -1, D)
                   for (_, matrix), bias in zip(stored, biases, strict=True)]
         turned = [_rope(y, cos[positions], sin[positions]) for y in wanted[:2]]
-        yield f"{dtype}, {T} rows, q", backend.download(q), turned[0], TOLERANCE[dtype]
+        yield f"{dtype}, T={T}, q", backend.download(q), turned[0], TOLERANCE[dtype]
         for name, got, want in (("k", k, turned[1]), ("v", v, wanted[2])):
-            yield f"{dtype}, {T} rows, {name}", backend.download(got)[:, slots].swapaxes(0, 1), want, TOLERANCE[dtype]
+            yield f"{dtype}, T={T}, {name}", backend.download(got)[:, slots].swapaxes(0, 1), want, TOLERANCE[dtype]
 
 
 def _linear_add(backend: Backend) -> Iterator[Case]:
@@ -123,7 +123,7 @@ def _linear_add(backend: Backend) -> Iterator[Case]:
         h, values = _activations(_random(3, T, I), backend.activation_type(T, [weight]))
         out = backend.upload(x)
         backend.linear_add(backend.upload(h), weight, backend.vector(bias, "F32"), out)
-        yield f"{dtype}, {T} rows", backend.download(out), x + values @ matrix.T + bias, TOLERANCE[dtype]
+        yield f"{dtype}, T={T}", backend.download(out), x + values @ matrix.T + bias, TOLERANCE[dtype]
 
 
 def _gate_up(backend: Backend) -> Iterator[Case]:
@@ -134,7 +134,7 @@ def _gate_up(backend: Backend) -> Iterator[Case]:
         backend.gate_up(backend.upload(x), backend.vector(norm, "F32"), EPS, backend.matrix(gate, dtype),
                         backend.matrix(up, dtype), None, None, out)
         g = _rms(x, norm) @ gate_values.T
-        yield (f"{dtype}, {T} rows", backend.download(out), g / (1 + np.exp(-g)) * (_rms(x, norm) @ up_values.T),
+        yield (f"{dtype}, T={T}", backend.download(out), g / (1 + np.exp(-g)) * (_rms(x, norm) @ up_values.T),
                TOLERANCE[dtype])
 
 
@@ -152,7 +152,7 @@ def _prefill_attention(backend: Backend) -> Iterator[Case]:
         q, out = _random(3, T, H, D), backend.empty((T, H * D), np.float32)
         backend.prefill_attention(backend.upload(q), backend.upload(k), backend.upload(v), start, window, out)
         wanted, _ = _attend(q, k, v, _visible(T, start, window))
-        yield f"{T} rows, window {window}", backend.download(out), wanted, TOLERANCE["F16"]
+        yield f"T={T}, window {window}", backend.download(out), wanted, TOLERANCE["F16"]
 
 
 def _attention_mass(backend: Backend) -> Iterator[Case]:
