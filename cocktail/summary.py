@@ -39,7 +39,7 @@ def table(answer: Answer, verification: Verification | None = None, promotion: P
         ("backend", f"{s.backend}: " + ", ".join(dict.fromkeys(s.kernels.values()))),
     ]
     if verification is not None:
-        rows.append(("verified", _verified(verification)))
+        rows.append(("verified", verified(verification)))
     if promotion is not None:
         rows.append(("promoted", _promoted(promotion)))
     rows += [("note", note) for note in answer.plan.notes]
@@ -124,7 +124,8 @@ def _kept(s: Stats) -> str:
     return f"document kept {size(s.master_bytes)}, " if s.master_bytes else ""
 
 
-def _verified(v: Verification) -> str:
+def verified(v: Verification) -> str:
+    """What was found, in one line."""
     if not v.kl:
         return "nothing: the only token comes from the exact prefill"
     return (f"{v.agreement:.1%} of {len(v.kl)} tokens have the FP16 cache's top token; KL to it {v.mean_kl:.4f} on "

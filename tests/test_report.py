@@ -78,14 +78,14 @@ def doc(model):
 def asked(doc):
     """An answer, a plan alone, one whose layers differ, one that keeps its last chunks in the tail."""
     first, second, third, fourth = QUESTIONS
-    return {first: doc.ask(first, max_tokens=6), second: doc.plan(second, policy="cocktail", max_tokens=4),
+    return {first: doc.ask(first, max_tokens=7), second: doc.plan(second, policy="cocktail", max_tokens=4),
             third: doc.plan(third, scorer="attention", max_tokens=4),
             fourth: doc.plan(fourth, policy="kivi", residual=64, max_tokens=100)}
 
 
 @pytest.fixture(scope="module")
 def html(doc, asked):
-    return report.render(doc, asked)
+    return report.render(doc, asked, {QUESTIONS[0]: doc.verify(QUESTIONS[0], asked[QUESTIONS[0]])})
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,12 @@ def test_the_whole_document_is_there_chunk_by_chunk(page, doc, asked):
         assert TEXT.startswith("".join(shown))
         assert f"q{number}c{n}" not in page.texts
         assert TEXT in page.texts[f"q{number}"]
+
+
+def test_what_verification_found_stands_by_its_answer(page):
+    assert page.texts["q0"].count("Verified: ") == 1
+    assert "of 6 tokens have the FP16 cache's top token" in page.texts["q0"]
+    assert "Verified: " not in page.texts["q2"]
 
 
 def test_every_chunk_says_its_width_and_its_score(page, asked):
@@ -182,7 +188,7 @@ def test_the_timeline_is_the_answers_time(asked):
     times = {name: value for name, _, value in shown.times.segments}
     ttft = times["score"] + times["prefill"] + times["pack"] + times["first token"]
     assert ttft == pytest.approx(stats.ttft_s)
-    assert times["decode"] == pytest.approx(stats.tpot_s * 5)
+    assert times["decode"] == pytest.approx(stats.tpot_s * 6)
 
 
 def test_long_documents_share_cells_and_show_their_best():

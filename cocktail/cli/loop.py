@@ -15,7 +15,7 @@ from cocktail.cli.output import report, stream
 from runtime.errors import CocktailError, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import Answer, AnswerStream, Document, Model
+    from cocktail import Answer, AnswerStream, Document, Model, Plan, Verification
 
 
 def questions(document: Document, options: argparse.Namespace, queries: Sequence[str],
@@ -28,7 +28,9 @@ def questions(document: Document, options: argparse.Namespace, queries: Sequence
     from cocktail.report import write
 
     rest = argparse.Namespace(**vars(options) | {"stats": options.stats or "none"})  # statistics stand in the lines
-    answers, failed = {}, 0
+    answers: dict[str, Answer | Plan] = {}
+    verified: dict[str, Verification] = {}
+    failed = 0
     for query in queries:
         try:
             answer, found = _answered(document, options, query, settings, shown=False)
@@ -37,13 +39,14 @@ def questions(document: Document, options: argparse.Namespace, queries: Sequence
             failed += 1
             continue
         answers[query] = answer
+        verified |= {query: found["verification"]} if found else {}
         line = {"question": query, "answer": answer.text, "finish_reason": answer.finish_reason}
         line |= {name: value.to_dict() for name, value in found.items()}
         print(json.dumps(line if options.stats == "none" else line | {"stats": answer.stats.to_dict()}), flush=True)
         if code := report(answer, rest, found):
             return code
     if options.report is not None and answers:
-        write(options.report, document, answers)
+        write(options.report, document, answers, verified)
     if failed:
         raise PromptError(f"{failed} of {len(queries)} questions could not be answered; their lines say why")
     return 0
@@ -55,7 +58,7 @@ def question(document: Document, options: argparse.Namespace, query: str, settin
 
     answer, found = _answered(document, options, query, settings)
     if options.report is not None:
-        write(options.report, document, {query: answer})
+        write(options.report, document, {query: answer}, {query: found["verification"]} if found else None)
     return report(answer, options, found)
 
 
