@@ -312,4 +312,4 @@ def test_a_full_disk_behind_stdout(folder):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-m", "cocktail.run", *ASK], cwd=folder, stdout=full, text=True,
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, timeout=60)
-    assert (done.returncode, done.stderr) == (2, "error: stdout: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")

@@ -49,7 +49,7 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         _drop_stdout()
         return BROKEN_PIPE
     except OSError as error:  # such as a full disk behind stdout
-        print_error(f"{error.filename or 'stdout'}: {error.strerror or error}")
+        print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
         _drop_stdout()
         return ERROR
     return code or 0
