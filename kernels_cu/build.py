@@ -161,13 +161,17 @@ def nvrtc_version() -> tuple[int, int]:
 
 @cache
 def import_cupy() -> Any:
-    """CuPy, or CupyMissing."""
+    """CuPy, or CupyMissing; KernelError where it is there but cannot make its folder, as under a read-only HOME."""
     try:
         import cupy
     except ImportError as error:
         raise CupyMissing(
             f"CuPy cannot be imported ({error}); run: pip install 'cocktail-kv[cuda13]' (or [cuda12], to match the "
             "driver), or use --backend cpu"
+        ) from error
+    except OSError as error:
+        raise KernelError(
+            f"CuPy cannot make its folder ({error}); name one that can be written in CUPY_CACHE_DIR"
         ) from error
     return cupy
 

@@ -24,9 +24,11 @@ from kernels_c.encoder import CpuEncoder
 from kernels_c.errors import KernelError
 from kernels_cu import build
 from kernels_cu.errors import NoDevice
+from runtime.backend import load_backend
 from runtime.checkpoint import Checkpoint
 from runtime.diagnosis import Finding, cpu, cuda, failed, measure
 from runtime.diagnosis.probes import probe, probe_encoder
+from runtime.errors import BackendError
 from runtime.model import Model, prefill
 from runtime.weights import load_weights
 
@@ -216,6 +218,24 @@ def test_no_cupy(monkeypatch):
     assert (found.subject, found.status) == ("CuPy", "warn")
     assert "CuPy cannot be imported" in found.found
     assert "cocktail-kv[cuda13]" in found.advice
+
+
+def test_cupy_under_a_home_that_cannot_be_written(monkeypatch):
+    class ReadOnly:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name == "cupy":
+                raise PermissionError(13, "Permission denied", "/root/.cupy")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [ReadOnly, *sys.meta_path])
+    build.import_cupy.cache_clear()
+    (found,) = cuda.findings()
+    with pytest.raises(BackendError, match="CUPY_CACHE_DIR; or use --backend cpu"):
+        load_backend("auto")
+    build.import_cupy.cache_clear()
+    assert (found.subject, found.status) == ("CuPy", "fail")
+    assert "/root/.cupy" in found.found
 
 
 def test_no_gpu(gpu, monkeypatch):

@@ -15,12 +15,15 @@ EXTRA = "pip install 'cocktail-kv[cuda13]', or [cuda12] for an older driver"
 def findings() -> Iterator[Finding]:
     """In the order in which one needs the other; the first that is missing is the last."""
     from kernels_cu import build
-    from kernels_cu.errors import ArchitectureTooOld, KernelError
+    from kernels_cu.errors import ArchitectureTooOld, CupyMissing, KernelError
 
     try:
         cupy = build.import_cupy()
-    except KernelError as error:
+    except CupyMissing as error:
         yield Finding(AREA, "CuPy", "warn", str(error), f"nothing, if there is no NVIDIA GPU; else {EXTRA}")
+        return
+    except KernelError as error:
+        yield Finding(AREA, "CuPy", "fail", str(error), "or give --backend cpu")
         return
     yield Finding(AREA, "CuPy", "pass", cupy.__version__)
     try:
