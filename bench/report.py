@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 DEFAULT_MODEL = ".models/smollm2-135m.safetensors"
 READ_BYTES = 1 << 30  # beyond any cache
+ROUNDS = 2000  # of a bootstrap
 
 
 def describe_run() -> dict[str, Any]:
@@ -46,13 +47,12 @@ def read_buffer() -> npt.NDArray[np.int64]:
     return np.ones(READ_BYTES // 8, np.int64)
 
 
-def interval(n: int, statistic: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]], rounds: int = 2000,
-             seed: int = 0) -> tuple[float, float]:
+def interval(n: int, statistic: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]) -> tuple[float, float]:
     """95% bootstrap interval over n clusters, whole ones redrawn: tokens of one prompt are not independent.
 
-    statistic: (rounds, n) cluster numbers, one draw a row -> (rounds,).
+    statistic: (ROUNDS, n) cluster numbers, one draw a row -> (ROUNDS,).
     """
-    draws = statistic(np.random.default_rng(seed).integers(n, size=(rounds, n)))
+    draws = statistic(np.random.default_rng(0).integers(n, size=(ROUNDS, n)))
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
