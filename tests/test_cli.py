@@ -229,6 +229,16 @@ def test_interrupted_between_pieces_keeps_the_answer_so_far(model, files, capsys
     assert json.loads(err.splitlines()[-1])["finish_reason"] == "interrupted"
 
 
+def test_an_interrupted_answer_is_not_verified(model, files, monkeypatch):
+    verified = []
+    monkeypatch.setattr(model, "verify", lambda *given: verified.append(given), raising=False)
+    assert run.main([*ASK, "--verify", "--stats", "none"]) == 0
+    assert [query for query, *_ in verified] == ["Who?"]
+    model.pieces = ["Odo ", KeyboardInterrupt(), "Farrant"]
+    assert run.main([*ASK, "--verify", "--stats", "none"]) == 130
+    assert len(verified) == 1
+
+
 def test_interrupted_while_chunks_are_scored(model, files, capsys, monkeypatch):
     monkeypatch.setattr(model, "ask", lambda *_, **__: FakeStream([KeyboardInterrupt()], plan=None))
     assert run.main([*ASK, "--stats", "json"]) == 130

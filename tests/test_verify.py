@@ -94,6 +94,19 @@ def test_what_the_command_line_says(model, doc, tmp_path, monkeypatch, capsys):
     assert "verified nothing: the only token" in capsys.readouterr().err
 
 
+def test_every_answer_of_several_questions_is_verified(doc, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doc.txt").write_text(TEXT)
+    asked = (QUESTION, "What is the name of the ferry?")
+    assert run.main([str(save_tiny_model(tmp_path)), "--context", "doc.txt", "--backend", "cpu", "--threads", "1",
+                     "--max-tokens", "6", "--verify", "--report", "out.html",
+                     *(part for query in asked for part in ("--query", query))]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for query, line in zip(asked, lines, strict=True):
+        assert line["verification"]["mean_kl"] == doc.verify(query, doc.ask(query, max_tokens=6)).mean_kl
+    assert Path("out.html").read_text().count("Verified: ") == 2
+
+
 def test_the_table_names_the_worst_token(doc):
     found = Verification((0.0, 0.25, 0.05), (True, False, True), 1.5)
     text = summary.table(doc.ask(QUESTION, max_tokens=2), found)

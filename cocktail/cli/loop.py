@@ -101,10 +101,10 @@ def _answered(document: Document, options: argparse.Namespace, query: str, setti
             promotion = promote(document, query, progress=progress, **bound, **again)
             if shown:
                 progress.close()
-                print(promotion.answer.text)
+                print(promotion.answer.text.removesuffix("\n"))
             return promotion.answer, {"verification": promotion.verification, "promotion": promotion}
         answer = stream(partial(_ask, document, query, settings), options, shown)
-        if not options.verify or not answer.ids:
+        if not options.verify or not answer.ids or answer.finish_reason == "interrupted":
             return answer, {}
         return answer, {"verification": document.verify(query, answer, progress)}
 

@@ -181,7 +181,7 @@ def _check_document(options: argparse.Namespace, several: bool) -> None:
                                   "read; give one of them")
     elif options.context is None:
         if shaping := given(options, DOCUMENT_OPTIONS):
-            raise PlanError(f"{flag(next(iter(shaping)))} shapes the cache of a document; give one with --context")
+            raise PlanError(f"{flag(next(iter(shaping)))} is about a document and its cache; give one with --context")
         if several or options.save_document is not None:
             raise PromptError(f"{'several questions are' if several else '--save-document is'} about a document; give "
                               "one with --context")
