@@ -148,7 +148,7 @@ BAD = [
     ([*ASK, "--report", "nowhere/page.html"], "--report nowhere/page.html: its folder does not exist"),
     ([MODEL, "--query", "Hi", "--report", "page.html"], "--report is about a document and its cache"),
     # policy, budget, scorer
-    ([MODEL, "--query", "Hi", "--kv-bits", "3"], "--kv-bits is about a document and its cache; give one with --context"),
+    ([MODEL, "--query", "Hi", "--kv-bits", "3"], "--kv-bits is about a document and its cache; give one"),
     ([MODEL, "--query", "Hi", "--show-plan"], "--show-plan is about a document"),
     ([MODEL, "--query", "Hi", "--sink", "0"], "--sink is about a document"),
     ([*ASK, "--policy", "magic"], "there is no policy 'magic'; expected one of"),
