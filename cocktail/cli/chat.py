@@ -167,7 +167,7 @@ class Chat:
         if self.document is None or not self.asked:
             raise PromptError("nothing has been asked about a document yet")
         self._write_report(self.document, name or "report.html")
-        _say(f"written to {name or 'report.html'}: {len(self.asked)} questions")
+        _say(f"written to {name or 'report.html'}: {len(self.asked)} question{'s' * (len(self.asked) > 1)}")
 
     def _write_report(self, document: Document, name: str) -> None:
         from cocktail.report import write
