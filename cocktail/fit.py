@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 from cocktail.policies import load_policy
+from cocktail.summary import size
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
@@ -37,7 +38,7 @@ def fit(path: str | Path, context_tokens: int | None, machine: Sequence[Finding]
             config, weights = checkpoint.config, checkpoint.nbytes
             yield Finding(AREA, "checkpoint", "pass", f"{config.architecture}, {config.n_layers} layers, "
                           f"{config.n_heads} query and {config.n_kv_heads} KV heads of {config.head_dim}, "
-                          f"{config.max_positions:,} positions, {_size(weights)} of weights")
+                          f"{config.max_positions:,} positions, {size(weights)} of weights")
             tokenizer = Tokenizer.from_checkpoint(checkpoint)
             yield Finding(AREA, "tokenizer", "pass", f"{tokenizer.vocab_size:,} ids")
     except CocktailError as error:
@@ -86,15 +87,15 @@ def kept_bytes(config: ModelConfig, context_tokens: int) -> int:
 def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: float, rate: float | None) -> Finding:
     caches, prefill = cache_bytes(config, context), prefill_bytes(config, PREFIX + context + SUFFIX)
     subject = f"{context:,} tokens, {backend}"
-    found = (f"cache {', '.join(f'{_size(nbytes)} {name}' for name, nbytes in caches.items())}; prefill "
-             f"{_size(prefill)}; {_size(free)} free")
+    found = (f"cache {', '.join(f'{size(nbytes)} {name}' for name, nbytes in caches.items())}; prefill "
+             f"{size(prefill)}; {size(free)} free")
     if rate:
         floors = [1e3 * (weights + caches[name]) / rate for name in ("budget", "FP16")]
         found += f"; a token takes at least {floors[0]:.1f} ms ({floors[1]:.1f} FP16)"
     held = prefill + (weights if backend == "cuda" else 0)  # the CPU maps the weights: they need not stay in memory
     kept, disk = kept_bytes(config, context), scratch_folder()
     if backend == "cpu" and is_keepable(config):
-        found += f"; a second question needs {_size(kept)} in {disk}"
+        found += f"; a second question needs {size(kept)} in {disk}"
     if held + caches["budget"] > free:
         return Finding(AREA, subject, "fail", found, "it does not fit: take a shorter context or a smaller model, or "
                        "free memory")
@@ -105,7 +106,7 @@ def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: fl
         return Finding(AREA, subject, "warn", found, "weights and an FP16 cache do not fit together: weights would be "
                        "read from the disk for every token; free memory, or take --policy budget")
     if backend == "cpu" and is_keepable(config) and kept > (room := _room(disk)):
-        return Finding(AREA, subject, "warn", found, f"{disk} has {_size(room)} left, so only single questions are "
+        return Finding(AREA, subject, "warn", found, f"{disk} has {size(room)} left, so only single questions are "
                        "possible; name a folder with more room in TMPDIR")
     return Finding(AREA, subject, "pass", found)
 
@@ -115,7 +116,3 @@ def _room(folder: Path) -> int:
         return disk_usage(folder).free
     except OSError:  # TMPDIR names a folder that is not there
         return 0
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"

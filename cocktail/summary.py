@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def table(answer: Answer, verification: Verification | None = None, promotion: P
         ("cache", f"{size(s.cache_bytes)}, {s.cache_bytes / s.cache_fp16_bytes:.1%} of "
                   f"{size(s.cache_fp16_bytes)} at FP16"),
         ("memory", f"weights {size(s.weights_bytes)}, {_kept(s)}process peak {size(s.peak_memory_bytes)}"),
-        ("backend", f"{s.backend}: " + ", ".join(dict.fromkeys(s.kernels.values()))),
+        ("backend", f"{s.backend}: {_kernels(s.kernels)}"),
     ]
     if verification is not None:
         rows.append(("verified", verified(verification)))
@@ -146,9 +146,15 @@ def _scoring(s: Stats) -> str:
     return f"score {seconds(s.score_s)}{f', {seconds(hidden)} of it during prefill' if hidden > 1e-4 else ''}, "
 
 
+def _kernels(names: Mapping[str, str]) -> str:
+    """The instruction set where every kernel is named after its operation and that, as on the CPU; else all names."""
+    suffixes = {name.removeprefix(f"{operation}_") for operation, name in names.items()}
+    return f"{suffixes.pop()} kernels" if len(suffixes) == 1 else ", ".join(dict.fromkeys(names.values()))
+
+
 def seconds(value: float) -> str:
     return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def size(nbytes: int) -> str:
+def size(nbytes: float) -> str:
     return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"

@@ -186,7 +186,7 @@ def test_plan_and_stats_are_those_of_the_last_answer(model, capsys):
     chat.handle("/plan")
     assert "policy budget, scorer bm25: 3 chunks" in capsys.readouterr().err
     chat.handle("/stats")
-    assert "cpu: decode_avx2" in capsys.readouterr().err
+    assert "cpu: avx2 kernels" in capsys.readouterr().err
 
 
 def test_the_report_is_of_every_question_about_the_document(model, monkeypatch, capsys):

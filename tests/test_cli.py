@@ -46,7 +46,7 @@ def test_answer_goes_to_stdout_and_the_summary_to_stderr(model, files, capsys):
     out, err = capsys.readouterr()
     assert out == "Odo Farrant\n"
     for shown in ("140", "100", "500.0 ms", "20.0 tokens/s", "FP16", "33.3%", "K3V2", "66.7%", "7.50 bits", "25.0%",
-                  "3.00 GiB", "5.0 MiB", "cpu: decode_avx2", "ended by length"):
+                  "3.00 GiB", "5.0 MiB", "cpu: avx2 kernels", "ended by length"):
         assert shown in err
 
 
@@ -265,3 +265,10 @@ def test_version(capsys):
         run.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("cocktail-kv ")
+
+
+def test_the_summary_names_kernels_where_they_differ():
+    from cocktail.summary import _kernels
+
+    assert _kernels({"embed": "embed_avx2", "copy_tail": "copy_tail_avx2"}) == "avx2 kernels"
+    assert _kernels({"embed": "embed [sm_90]", "qkv": "gemv [sm_90]"}) == "embed [sm_90], gemv [sm_90]"

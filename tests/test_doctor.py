@@ -319,7 +319,7 @@ def test_no_room_on_the_disk_for_a_second_question(model, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("TMPDIR", "/nowhere")
     *_, found = fit(model, 4000, machine(1 << 30))
-    assert (found.status, "/nowhere has 0 MiB left" in found.advice) == ("warn", True)
+    assert (found.status, "/nowhere has 0.0 MiB left" in found.advice) == ("warn", True)
 
 
 def test_on_a_gpu_the_weights_must_fit_too(model):
