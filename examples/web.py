@@ -65,10 +65,10 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     try:
-        print(f"reading {arguments.document}", file=sys.stderr)
         model = cocktail.load(arguments.model)
         text = Path(arguments.document).read_text(encoding="utf-8")
         with model.read(text, keep=True) as document, model.serve(limit=arguments.limit):
+            print(f"reading {arguments.document}", file=sys.stderr)
             document.prefill()  # before the first user comes
             uvicorn.run(application(document), port=arguments.port, log_level="info")
     except (cocktail.CocktailError, OSError) as error:
