@@ -7,7 +7,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from plans import plan_of_layers, plans
 from rich.console import Console
 
@@ -59,6 +59,7 @@ def test_where_layers_differ_their_mean_is_drawn():
     assert names.plain == "chunks, mean over layers:  : 2.5 bits (1)  % 8 bits (1)  # 16 bits (1)"
 
 
+@settings(max_examples=40, deadline=None)
 @given(plans())
 def test_any_plan_has_its_strip(any_plan):
     bits = chunk_bits(any_plan)

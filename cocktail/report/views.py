@@ -103,18 +103,19 @@ def heat(text: str, plan: Plan) -> Heat:
 
     A cell of several chunks shows the highest of their scores.
     """
-    if not plan.scores:
+    scores = plan.scores
+    if not scores:
         return Heat(text, (), ())
-    low, high = min(plan.scores), max(plan.scores)
-    width = -(-len(plan.scores) // HEAT_CELLS)
+    low, high = min(scores), max(scores)
+    width = -(-len(scores) // HEAT_CELLS)
     cells = []
-    for first in range(0, len(plan.scores), width):
-        some = plan.scores[first : first + width]
+    for first in range(0, len(scores), width):
+        some = scores[first : first + width]
         last = first + len(some) - 1
         name = f"chunk {first}" if first == last else f"chunks {first} to {last}"
         cells.append(((max(some) - low) / (high - low or 1), f"{name}: {max(some):.3g}"))
-    best = sorted(range(len(plan.scores)), key=lambda chunk: -plan.scores[chunk])[:BEST]  # type: ignore[index]
-    return Heat(text, tuple(cells), tuple((chunk, plan.scores[chunk]) for chunk in best))
+    best = sorted(enumerate(scores), key=lambda scored: -scored[1])[:BEST]
+    return Heat(text, tuple(cells), tuple(best))
 
 
 def shades(page: str) -> list[str]:
