@@ -112,6 +112,11 @@ class Ticket:
         return tuple(self._entry.ids)
 
     @property
+    def max_new(self) -> int:
+        """At most so many ids."""
+        return self._entry.request.max_new
+
+    @property
     def waited_s(self) -> float:
         """Seconds from submission to the first step of the prefill, the making of its plan left out."""
         return self._entry.waited_s

@@ -80,7 +80,7 @@ class Schedule:
         self._entries: dict[State, list[Entry]] = {
             state: [] for state in ("planning", "waiting", "reading", "running")}
         self._ended: Counter[str] = Counter()
-        self._steps: deque[tuple[float, int]] = deque()  # when, how many ids
+        self._drawn: deque[tuple[float, int, int]] = deque()  # when, how many ids, in how many decode steps
         self._numbers = 0
         self._longest = 0.0  # prefill step, lately
         self.closed: BaseException | None = None
@@ -148,14 +148,15 @@ class Schedule:
         with self.changed:
             now = self._clock()
             self._drop_old(now)
-            tokens = sum(n for _, n in self._steps)
-            seconds = now - self._steps[0][0] if self._steps else 0.0
+            tokens, steps = sum(n for _, n, _ in self._drawn), sum(step for _, _, step in self._drawn)
+            seconds = now - self._drawn[0][0] if self._drawn else 0.0
             counts = {state: len(entries) for state, entries in self._entries.items()}
             return SchedulerStats(
                 **counts, completed=self._ended["completed"], cancelled=self._ended["cancelled"],
                 failed=self._ended["failed"], bytes=self.reserved, limit=self.limit,
                 tokens_per_second=tokens / seconds if seconds else 0.0,
-                batch=tokens / len(self._steps) if self._steps else 0.0, together=self._device.batch)
+                batch=sum(n * step for _, n, step in self._drawn) / steps if steps else 0.0,
+                together=self._device.batch)
 
     def wait_for_work(self) -> bool:
         """Until there is something for `turn`; False once it is closed and nothing is left."""
@@ -239,7 +240,7 @@ class Schedule:
         with self.changed:
             entry.reserved = entry.held
             self._move(entry, "running")
-            self._steps.append((self._clock(), 1))
+            self._drawn.append((self._clock(), 1, 0))
         self._deliver(entry, entry.answer.last)
 
     def _decode(self) -> None:
@@ -248,7 +249,7 @@ class Schedule:
             return
         drawn = self._device.step([entry.answer for entry in running])
         with self.changed:
-            self._steps.append((self._clock(), len(running)))
+            self._drawn.append((self._clock(), len(running), 1))
             self._drop_old(self._clock())
         for entry, result in zip(running, drawn, strict=True):
             if isinstance(result, Exception):
@@ -314,8 +315,8 @@ class Schedule:
                    for entry in self._entries["planning"])
 
     def _drop_old(self, now: float) -> None:
-        while self._steps and self._steps[0][0] < now - WINDOW:
-            self._steps.popleft()
+        while self._drawn and self._drawn[0][0] < now - WINDOW:
+            self._drawn.popleft()
 
     def _wake(self) -> None:
         with self.changed:
