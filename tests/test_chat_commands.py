@@ -89,15 +89,16 @@ def test_an_answer_is_followed_by_one_line_unless_another_form_is_asked_for(mode
     assert capsys.readouterr().err == ""
 
 
-def test_a_conversation_goes_on_behind_the_document(model, capsys):
+def test_questions_about_a_document_follow_one_another_where_that_is_asked_for(model, capsys):
     chat = start(model)
     chat.handle("Hello")
     chat.handle("/context my doc.txt")
     assert "my doc.txt: 100 tokens, 3 chunks of 32" in capsys.readouterr().err
-    for text in ("Who?", "When?", "/reset", "Where?"):
+    for text in ("Who?", "Which?", "/turns on", "When?", "/reset", "Where?"):
         chat.handle(text)
     behind = [(call, arguments) for call, arguments, _ in model.calls if call in ("after", "ask")]
-    assert behind == [("ask", ("Who?",)), ("after", ([("Who?", "Odo Farrant")],)), ("ask", ("When?",)),
+    said = [("Who?", "Odo Farrant"), ("Which?", "Odo Farrant")]
+    assert behind == [("ask", ("Who?",)), ("ask", ("Which?",)), ("after", (said,)), ("ask", ("When?",)),
                       ("ask", ("Where?",))]
     chat.handle("/close")
     assert model.calls[-1][0] == "close"
@@ -131,7 +132,7 @@ def test_policies_and_scorers_are_those_of_the_command_line(model, capsys):
     ("/policy budget max-tokens=3", PlanError, "max-tokens=3"), ("/policy uniform", PlanError, "needs a tier"),
     ("/policy budget no-search=1", PromptError, "--no-search"), ("/policy cocktail kv-bits=3", PlanError, "kv_bits"),
     ("/scorer ./nowhere", CocktailError, "nowhere"), ("/plan", PromptError, "nothing has been answered"),
-    ("/stats", PromptError, "nothing has been answered"),
+    ("/stats", PromptError, "nothing has been answered"), ("/turns no", PromptError, "on or off"),
 ])
 def test_what_is_refused_changes_nothing(model, text, error, says):
     chat = start(model, "--context", "my doc.txt")

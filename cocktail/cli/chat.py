@@ -1,6 +1,7 @@
 """A chat without its terminal: what each text from the user does. cocktail.cli.terminal reads the texts.
 
-The turns are one conversation, behind the document where there is one.
+Without a document the turns are one conversation. With one, every text is a question of its own about it, unless the
+user asks for turns: a small model that sees its earlier answers tends to repeat them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Chat:
     turns: list[tuple[str, str]] = field(default_factory=list)  # what was said, and the answer
     asked: dict[str, Answer | Plan] = field(default_factory=dict)  # about the document
     last: Answer | None = None
+    follow: bool = False  # whether a question about the document comes behind the earlier ones
 
     def __post_init__(self) -> None:
         self.options = argparse.Namespace(**vars(self.options))
@@ -91,7 +93,7 @@ class Chat:
     def _begin(self, text: str, progress: Any) -> AnswerStream:
         answer: AnswerStream
         if self.document is not None:
-            document = self.document.after(self.turns) if self.turns else self.document
+            document = self.document.after(self.turns) if self.follow and self.turns else self.document
             answer = document.ask(text, progress=progress, **self.cache, **self.settings)
         else:
             system = [] if self.options.system is None else [{"role": "system", "content": self.options.system}]
@@ -152,6 +154,13 @@ class Chat:
     def _choose(self, **chosen: Any) -> None:
         self.cache = self._cache(**chosen)  # before the options: what is refused changes nothing
         vars(self.options).update(chosen)
+
+    def _choose_turns(self, word: str) -> None:
+        if word not in ("", "on", "off"):
+            raise PromptError(f"/turns {word}: expected on or off")
+        self.follow = {"on": True, "off": False}.get(word, self.follow)
+        _say("a question about the document comes behind the earlier ones" if self.follow else
+             "every question about the document is asked by itself")
 
     def _show_plan(self, _: str) -> None:
         from cocktail.strip import show_plan
@@ -214,6 +223,8 @@ COMMANDS = {
     "policy": Command("NAME [OPTION=VALUE ...]", "how the cache is quantized, as in /policy budget kv-bits=4",
                       Chat._choose_policy),
     "scorer": Command("NAME", "what ranks the chunks", Chat._choose_scorer),
+    "turns": Command("on|off", "whether a question about the document follows the earlier ones (off)",
+                     Chat._choose_turns),
     "plan": Command("", "which chunk kept how many bits in the last answer", Chat._show_plan),
     "stats": Command("", "what the last answer took", Chat._show_stats),
     "report": Command("FILE", "write a page of every question about the document (report.html)", Chat._show_report),
