@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cocktail.document import Document
-from cocktail.fit import prefill_bytes
+from cocktail.fit import prefill_bytes, step_bytes
 from cocktail.model import Model, open_model
 from runtime.arena import ArenaLayout
 from runtime.backend import Backend
@@ -91,11 +91,8 @@ class Outline(Model):
 def outline(path: str | Path, backend: str = "auto", threads: int | None = None) -> Outline:
     """The model of a checkpoint. Raises as cocktail.load."""
     with open_model(path, backend, threads) as (checkpoint, tokenizer, template, chosen):
-        config, nbytes = checkpoint.config, checkpoint.nbytes
-        shape = config.vocab_size, config.hidden_size
-        embedding = 0 if config.tie_embeddings else checkpoint.read("model.embed_tokens.weight", shape).data.nbytes
-        weights = cast(Weights, _Unread(Path(path), chosen, nbytes))
-        return Outline(Engine(config, weights, chosen), tokenizer, template, nbytes - embedding)
+        weights = cast(Weights, _Unread(Path(path), chosen, checkpoint.nbytes))
+        return Outline(Engine(checkpoint.config, weights, chosen), tokenizer, template, step_bytes(checkpoint))
 
 
 def estimate(model: Outline, document: Document, query: str, options: Mapping[str, Any]) -> Estimate:

@@ -35,7 +35,7 @@ def fit(path: str | Path, context_tokens: int | None, machine: Sequence[Finding]
     """
     try:
         with Checkpoint.open(path) as checkpoint:
-            config, weights = checkpoint.config, checkpoint.nbytes
+            config, weights, read = checkpoint.config, checkpoint.nbytes, step_bytes(checkpoint)
             yield Finding(AREA, "checkpoint", "pass", f"{config.architecture}, {config.n_layers} layers, "
                           f"{config.n_heads} query and {config.n_kv_heads} KV heads of {config.head_dim}, "
                           f"{config.max_positions:,} positions, {size(weights)} of weights")
@@ -46,10 +46,10 @@ def fit(path: str | Path, context_tokens: int | None, machine: Sequence[Finding]
                       "converts GGUF, Mistral, Meta and torch checkpoints")
         return
     room = config.max_positions - PREFIX - SUFFIX - MAX_NEW
-    if context_tokens is not None and context_tokens > room:
-        yield Finding(AREA, f"{context_tokens:,} tokens", "fail", f"the model has {config.max_positions:,} positions; "
-                      f"a question and {MAX_NEW} tokens of answer leave {room:,}", "shorten the context, or take a "
-                      "model with more positions")
+    if room < (wanted := context_tokens or CHUNK):
+        yield Finding(AREA, f"{wanted:,} tokens", "fail", f"the model has {config.max_positions:,} positions; "
+                      f"a question and {MAX_NEW} tokens of answer leave {max(room, 0):,}", "shorten the context, or "
+                      "take a model with more positions")
         return
     contexts = [context_tokens] if context_tokens is not None else [n for n in CONTEXTS if n < room] + [room]
     for backend in ("cpu", "cuda"):
@@ -57,7 +57,7 @@ def fit(path: str | Path, context_tokens: int | None, machine: Sequence[Finding]
         free = values.get("memory")
         if free is not None:
             for context in contexts:
-                yield _fit(backend, config, weights, context, free, values.get("memory rate"))
+                yield _fit(backend, config, weights, read, context, free, values.get("memory rate"))
 
 
 def cache_bytes(config: ModelConfig, context_tokens: int) -> dict[str, int]:
@@ -79,18 +79,30 @@ def prefill_bytes(config: ModelConfig, prompt_tokens: int, max_new: int = MAX_NE
             + 4 * rows * (2 * config.n_heads * D + config.intermediate_size))
 
 
+def step_bytes(checkpoint: Checkpoint) -> int:
+    """What of the weights every token has to read: all but an embedding that is not the head too."""
+    config = checkpoint.config
+    if config.tie_embeddings:
+        return checkpoint.nbytes
+    shape = config.vocab_size, config.hidden_size
+    return checkpoint.nbytes - checkpoint.read("model.embed_tokens.weight", shape).data.nbytes
+
+
 def kept_bytes(config: ModelConfig, context_tokens: int) -> int:
     """The exact K and V that a document keeps in a file for its second question."""
     return 2 * prod(shape_of(config, PREFIX + context_tokens))
 
 
-def _fit(backend: str, config: ModelConfig, weights: int, context: int, free: float, rate: float | None) -> Finding:
+def _fit(backend: str, config: ModelConfig, weights: int, read: int, context: int, free: float,
+         rate: float | None) -> Finding:
+    """weights: bytes of all; read: of those that a token reads."""
     caches, prefill = cache_bytes(config, context), prefill_bytes(config, PREFIX + context + SUFFIX)
     subject = f"{context:,} tokens, {backend}"
     found = (f"cache {', '.join(f'{size(nbytes)} {name}' for name, nbytes in caches.items())}; prefill "
              f"{size(prefill)}; {size(free)} free")
     if rate:
-        floors = [1e3 * (weights + caches[name]) / rate for name in ("budget", "FP16")]
+        unfilled = 4 * config.n_layers * config.n_kv_heads * config.head_dim * MAX_NEW
+        floors = [1e3 * (read + caches[name] - unfilled) / rate for name in ("budget", "FP16")]
         found += f"; a token takes at least {floors[0]:.1f} ms ({floors[1]:.1f} FP16)"
     held = prefill + (weights if backend == "cuda" else 0)  # the CPU maps the weights: they need not stay in memory
     kept, disk = kept_bytes(config, context), scratch_folder()

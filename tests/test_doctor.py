@@ -18,7 +18,7 @@ from tiny_model import save_tiny_model
 import kernels_c.isa
 import kernels_c.machine
 from cocktail import doctor
-from cocktail.fit import cache_bytes, fit, prefill_bytes
+from cocktail.fit import cache_bytes, fit, prefill_bytes, step_bytes
 from kernels_c.backend import CpuBackend
 from kernels_c.encoder import CpuEncoder
 from kernels_c.errors import KernelError
@@ -344,6 +344,25 @@ def test_a_model_that_is_not_there_and_a_context_beyond_it(model):
     *_, found = fit(model, 10_000, machine(1 << 30))
     assert found.status == "fail"
     assert "the model has 8,192 positions" in found.found
+
+
+def test_a_model_with_too_few_positions_for_any_document(tmp_path):
+    short = save_tiny_model(tmp_path, max_position_embeddings=256)
+    *_, found = fit(short, None, machine(1 << 30))
+    assert (found.subject, found.status) == ("32 tokens", "fail")
+    assert "the model has 256 positions" in found.found
+
+
+def test_the_least_time_of_a_token(tmp_path, model):
+    """Bytes over the rate: every weight but an embedding that is not the head, and what the cache holds by then."""
+    untied = save_tiny_model(tmp_path, tie_word_embeddings=False)
+    with Checkpoint.open(untied) as other, Checkpoint.open(model) as tied:
+        assert step_bytes(other) == step_bytes(tied) == tied.nbytes < other.nbytes
+        config, weights = tied.config, tied.nbytes
+    tokens = 4 * config.n_layers * config.n_kv_heads * config.head_dim * 256
+    floor = (weights + cache_bytes(config, 4000)["budget"] - tokens) / 1e9
+    *_, found = fit(model, 4000, machine(1 << 30))
+    assert f"at least {1e3 * floor:.1f} ms" in found.found
 
 
 def test_the_prefills_estimate_is_what_it_allocates(model):
