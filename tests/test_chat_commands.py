@@ -125,6 +125,21 @@ def test_policies_and_scorers_are_those_of_the_command_line(model, capsys):
     assert "scorer" not in asked(model)
 
 
+def test_pins_stay_until_they_are_taken_back(model, capsys):
+    chat = start(model, "--context", "my doc.txt", "--pin", "the pan")
+    chat.handle("/pin Odo Farrant")
+    assert "pinned: 'the pan', 'Odo Farrant'" in capsys.readouterr().err
+    chat.handle("/policy budget kv-bits=4")
+    chat.handle("Who?")
+    assert asked(model)["pin"] == ["the pan", "Odo Farrant"]
+    with pytest.raises(PlanError, match="pin"):
+        chat.handle("/policy kivi")
+    chat.handle("/pin")
+    chat.handle("/policy kivi")
+    chat.handle("Who?")
+    assert "pin" not in asked(model)
+
+
 @pytest.mark.parametrize(("text", "error", "says"), [
     ("/help me", None, ""), ("/nonsense", PromptError, "/nonsense"), ("/", PromptError, "no command"),
     ("/context", None, ""), ("/context nothing.txt", PromptError, "/context nothing.txt: No such file"),

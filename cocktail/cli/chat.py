@@ -82,7 +82,8 @@ class Chat:
         try:
             self.last = stream(partial(self._begin, text), self.options)
         except PromptError as error:
-            raise PromptError(f"{error}; /reset begins anew" if self.turns else str(error)) from error
+            behind = self.turns and (self.follow or self.document is None)
+            raise PromptError(f"{error}; /reset begins anew" if behind else str(error)) from error
         self.turns.append((text, self.last.text))
         if self.document is not None:
             self.asked[text] = self.last
@@ -129,6 +130,7 @@ class Chat:
             chosen = {name: getattr(typed, name) for name in (*CACHE_OPTIONS, "plan_in")}  # what is not typed is reset
             if typed.seed is not None:
                 chosen["seed"] = typed.seed
+            chosen["pin"] = self.options.pin
             cache = self._cache(**chosen)
             if self.options.scorer is not None and cache["policy"].uses_scores:
                 chosen["scorer"] = self.options.scorer
@@ -139,13 +141,18 @@ class Chat:
             policy = (self.cache or self._cache())["policy"]
             listed = [f"{name}={value}" for name, value in given(self.options, POLICY_OPTIONS).items()]
             scorer = f"scorer {self.options.scorer or 'bm25'}" if policy.uses_scores else "which looks at no scores"
-            _say(f"policy {' '.join([policy.name, *listed])}, {scorer}")
+            pinned = f", pinned: {', '.join(map(repr, self.options.pin))}" if self.options.pin else ""
+            _say(f"policy {' '.join([policy.name, *listed])}, {scorer}{pinned}")
 
     def _choose_scorer(self, name: str) -> None:
         if name:
             if self.options.plan_in is not None:
                 raise PlanError("--plan-in decides every chunk; choose a policy first, with /policy")
             self._choose(scorer=name)
+        self._choose_policy("")
+
+    def _pin(self, text: str) -> None:
+        self._choose(pin=[*(self.options.pin or []), text] if text else None)
         self._choose_policy("")
 
     def _cache(self, **chosen: Any) -> dict[str, Any]:
@@ -223,6 +230,7 @@ COMMANDS = {
     "policy": Command("NAME [OPTION=VALUE ...]", "how the cache is quantized, as in /policy budget kv-bits=4",
                       Chat._choose_policy),
     "scorer": Command("NAME", "what ranks the chunks", Chat._choose_scorer),
+    "pin": Command("TEXT", "keep chunks that hold the text at the top tier; without TEXT, none any more", Chat._pin),
     "turns": Command("on|off", "whether a question about the document follows the earlier ones (off)",
                      Chat._choose_turns),
     "plan": Command("", "which chunk kept how many bits in the last answer", Chat._show_plan),
