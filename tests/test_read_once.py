@@ -142,6 +142,17 @@ def test_every_layer_is_computed_once_whoever_asks_first(model, monkeypatch):
     assert sum(n > len(doc.context_ids) for n in rows) == 1
 
 
+def test_a_batch_of_questions_shares_one_reading(model):
+    """In the scheduler, whose passes are paused for those that run: the first question keeps what the others take."""
+    questions = [f"What is said about {word}?" for word in ("ferry", "pan", "keys", "bread")]
+    fresh, doc = (model.read(TEXT[:3000], keep=keep) for keep in (False, True))
+    with model.serve():
+        found = [answer.result(60) for answer in [doc.submit(query, max_tokens=6) for query in questions]]
+    assert [answer.ids for answer in found] == [fresh.ask(query, max_tokens=6).ids for query in questions]
+    known = len(doc.prefix_ids) + len(doc.context_ids)
+    assert [answer.stats.reused_tokens for answer in found] == [0, known, known, known]
+
+
 def test_a_paused_first_reading_holds_nobody_back(model):
     doc, engine = model.read(TEXT[:3000]), model.engine
     expected = model.read(TEXT[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
