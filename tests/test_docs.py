@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cocktail import calibrate, doctor, tune
-from cocktail.cli.options import parser
+from cocktail.cli.options import POLICIES, SCORERS, parser
+from runtime import plan_json
 from runtime.formats import WIDTHS, block_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,23 @@ def test_every_step_of_a_recipe_names_what_is_there(file, names):
 def test_the_recipes_have_steps():
     assert len(steps()) > 30
     assert sum(len(names) for _, names in steps()) > 30
+
+
+def first_column(page: str, header: str) -> set[str]:
+    """The quoted words of the first column of the table with this header."""
+    (table,) = re.findall(rf"^\| {re.escape(header)} \|.*?\n\n", PAGES[page] + "\n", re.MULTILINE | re.DOTALL)
+    return {word for row in table.strip().splitlines()[2:] for word in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+def test_the_fields_of_a_plan_are_those_of_its_json():
+    assert first_column("formats-and-plans.md", "field") == plan_json._FIELDS
+
+
+def test_every_policy_and_scorer_is_described():
+    page = PAGES["choosing-a-policy.md"]
+    assert set(re.findall(r"\*\*(\w+)\*\*", page.partition("## The policies")[2])) >= set(POLICIES)
+    named = {name.partition(":")[0] for name in first_column("choosing-a-policy.md", "`--scorer`")}
+    assert named == set(SCORERS)
 
 
 def test_the_table_of_bits_is_what_formats_take():
