@@ -14,7 +14,7 @@ from fake_model import FakeModel, FakeStream
 from cocktail.cli.chat import COMMANDS, Chat
 from cocktail.cli.inputs import cache_options
 from cocktail.cli.options import parser
-from cocktail.cli.terminal import converse
+from cocktail.cli.terminal import converse, history_file
 from runtime.errors import CocktailError, PlanError, PromptError
 
 
@@ -259,6 +259,18 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_went(model, capsys):
     assert converse(chat, feed(["And?"])) == 0
     assert "(stopped before there was an answer)" in capsys.readouterr().err
     assert len(chat.turns) == 1
+
+
+def test_the_history_is_in_the_folder_for_state_or_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")  # to be ignored, by the standard
+    assert history_file() == tmp_path / ".local/state/cocktail/history"
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert history_file() == Path("/state/cocktail/history")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.warns(UserWarning, match="no home folder"):
+        assert history_file() is None
 
 
 def test_the_docs_name_every_command():

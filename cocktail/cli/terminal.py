@@ -58,10 +58,15 @@ def line_editor(history: Path | None) -> Callable[[], str]:
     return session.prompt
 
 
-def history_file() -> Path:
-    """In the user's folder for state, as the XDG base directories have it."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if os.path.isabs(state) else Path.home() / ".local/state") / "cocktail/history"  # noqa: PTH117
+def history_file() -> Path | None:
+    """In the user's folder for state, as the XDG base directories say; None, with a warning, where there is none."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        folder = state if state.is_absolute() else Path.home() / ".local/state"
+    except RuntimeError:
+        warnings.warn("this user has no home folder; what is typed is not kept for later chats", stacklevel=2)
+        return None
+    return folder / "cocktail/history"
 
 
 def _keys() -> KeyBindings:
