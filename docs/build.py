@@ -5,6 +5,7 @@ A warning is an error: a public name that does not resolve, a signature that can
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -29,7 +30,28 @@ def main(folder: str = str(ROOT / "docs/api")) -> None:
     homes = {f"{obj.__module__}.{name}": f"cocktail.{name}" for name, obj in public.items()}
     pdoc.render.configure(docformat="markdown", show_source=False, footer_text=f"cocktail-kv {cocktail.__version__}")
     pdoc.render.env.filters["linkify"] = linkify_to(homes, pdoc.render.env.filters["linkify"])
+    pdoc.render.env.filters["to_markdown"] = listing(pdoc.render.env.filters["to_markdown"])
     pdoc.pdoc(*MODULES, output_directory=Path(folder))
+
+
+def listing(to_markdown: Any) -> Any:
+    """pdoc's filter, for docstrings in which `name: meaning` is an item of a list, and what is raised a paragraph."""
+    name = r"[a-z]\w*"
+    begins = rf"(?:^|(?<=[.;]) )(?=(?:{name}(?:, {name})*): )|(?<=\.) (?=Raises )"
+
+    def listed(paragraph: str) -> str:
+        if re.search(r"^( {4}|[-|*] )", paragraph, re.MULTILINE):
+            return paragraph  # code, a list or a table
+        first, *parts = re.split(begins, " ".join(paragraph.split()))
+        return "\n\n".join([first, *(part if part.startswith("Raises") else re.sub(r"^(.*?): ", r"- **\1**: ", part)
+                                     for part in parts)])
+
+    @pass_context
+    def converted(context: Any, docstring: str) -> str:
+        markdown: str = to_markdown(context, "\n\n".join(map(listed, docstring.split("\n\n"))))
+        return markdown
+
+    return converted
 
 
 def linkify_to(homes: dict[str, str], linkify: Any) -> Any:
