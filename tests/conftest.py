@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,22 @@ AXES = {
     "prefill attention": ("head_dim", "rows", "window", "group"),
     "attention mass": ("head_dim", "rows", "window", "group"),
 }
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tiny model (tiny_model.py), unless a test file has another."""
+    from tiny_model import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def model(path: Path) -> Any:
+    """That model on the CPU."""
+    import cocktail
+
+    return cocktail.load(path, backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,12 @@ import json
 import threading
 
 import pytest
-import tiny_model
 
 import cocktail
 from bench import throughput
 from bench.soak import kinds, soak
 from runtime.batch import Member
 from runtime.schedule import Schedule
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_throughput_measures_every_method_at_every_size(path, tmp_path, capsys, monkeypatch):

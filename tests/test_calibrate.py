@@ -2,17 +2,15 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tiny_model import HANDBOOK
 
-import cocktail
 from cocktail import calibrate
 from cocktail.model import Model
 from cocktail.policies.pairs import fingerprint
@@ -22,17 +20,7 @@ from runtime.errors import PlanError
 from runtime.formats import kvquant, turn_back
 from runtime.model import prefill
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")[:3000]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    return cocktail.load(path, backend="cpu", threads=1)
+TEXT = HANDBOOK[:3000]
 
 
 @pytest.fixture(scope="module")

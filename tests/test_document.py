@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import tiny_model
+from tiny_model import HANDBOOK
 
 import cocktail
 from runtime.engine import PendingPlan, read
@@ -18,13 +19,7 @@ QUESTION = "Who mended the cracked iron pan?"
 
 @pytest.fixture(scope="module")
 def text():
-    from pathlib import Path
-    return (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(tiny_model.save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
+    return HANDBOOK
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK, save_tiny_model
 
 import cocktail
 from cocktail import estimate as estimating
@@ -17,7 +17,7 @@ from runtime.arena import ArenaLayout
 from runtime.errors import CheckpointError, PlanError
 from runtime.plan import Plan
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")[:5000]
+TEXT = HANDBOOK[:5000]
 QUESTION = "Who mended the cracked iron pan?"
 
 

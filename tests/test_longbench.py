@@ -11,7 +11,6 @@ from demo_model import demo_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_longbench_metrics import sample_of
-from tiny_model import save_tiny_model
 
 import cocktail
 from bench import longbench
@@ -198,11 +197,6 @@ def test_a_wrong_method_is_refused_by_name(text, message):
 
 
 # Runs.
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
-
 
 LONG = "".join(f"The pan of house {i} was mended by a smith. " for i in range(30))
 

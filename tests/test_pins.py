@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK
 
-import cocktail
 from cocktail.pins import chunks_with
 from cocktail.policies import load_policy
 from runtime.arena import ArenaLayout
 from runtime.errors import PlanError
 from runtime.plan import FP16, DocumentShape, Tier
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")[:3000]
+TEXT = HANDBOOK[:3000]
 QUESTION = "Who mended the cracked iron pan?"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

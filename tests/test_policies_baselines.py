@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy_backend import NumpyBackend
 from test_policies import SHAPES, shape_of, tiers_of
 from test_policies_layers import bits_per_value
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK
 
 from cocktail import summary
 from cocktail.model import Model
@@ -38,7 +38,6 @@ from runtime.tokenizer import Tokenizer
 from runtime.weights import load_weights
 
 QUESTION = "Who mended the cracked iron pan?"
-HANDBOOK = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +150,6 @@ POLICIES = {
     "cocktail kvquant, no reorder": ("cocktail", {"formats": "kvquant", "no_reorder": True}),
 }
 ANSWER = 45
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: Any) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def load(path: Path, backend: Any) -> Model:

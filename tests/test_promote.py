@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK, save_tiny_model
 
 import cocktail
 from cocktail import run
 from cocktail.promote import STEP, promote
 from runtime.errors import PlanError
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")[:5000]
+TEXT = HANDBOOK[:5000]
 QUESTION = "Who mended the cracked iron pan?"
 
 

@@ -7,13 +7,13 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_model import HANDBOOK
 
 import cocktail
 from runtime.engine import read, read_in_steps
@@ -21,7 +21,6 @@ from runtime.errors import DocumentError, OutOfMemory, PromptError
 from runtime.master import Master
 from runtime.model import _tiles
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
 QUESTION = "Who mended the cracked iron pan?"
 GEMV_ROWS = 16  # kernels_c/src/linear.h: so few rows are multiplied by another kernel, which adds in another order
 WINDOWS = {"none": None, "short": 90, "long": 400}
@@ -63,7 +62,7 @@ policies = st.one_of(
     st.sampled_from((2, 4)).map(lambda bits: {"policy": "kivi", "bits": bits, "residual": 8 * bits}),
     st.sampled_from(("bm25", "attention")).map(
         lambda scorer: {"policy": "budget", "scorer": scorer, "tiers": "K3V2,K4V4,FP16", "shares": "0.3,0.2"}))
-queries = st.one_of(st.just(""), st.integers(0, 200).map(lambda n: TEXT[n : n + n // 2 + 1]))
+queries = st.one_of(st.just(""), st.integers(0, 200).map(lambda n: HANDBOOK[n : n + n // 2 + 1]))
 
 
 @st.composite
@@ -72,9 +71,10 @@ def asked(draw):
     options = draw(policies)
     if options["policy"] == "budget" and "tiers" not in options:
         options = {"policy": "budget", "tiers": "K2V2,K4V3,FP16", **options}
-    return Asked(draw(st.sampled_from(list(WINDOWS))), TEXT[: draw(st.integers(0, 80))], TEXT[begin : begin + length],
-                 tuple(draw(st.lists(queries, min_size=2, max_size=3))), draw(st.sampled_from((8, 16, 32, 64))),
-                 draw(st.sampled_from((40, 128, 512))), draw(st.sampled_from(("file", "memory"))), options)
+    return Asked(draw(st.sampled_from(list(WINDOWS))), HANDBOOK[: draw(st.integers(0, 80))],
+                 HANDBOOK[begin : begin + length], tuple(draw(st.lists(queries, min_size=2, max_size=3))),
+                 draw(st.sampled_from((8, 16, 32, 64))), draw(st.sampled_from((40, 128, 512))),
+                 draw(st.sampled_from(("file", "memory"))), options)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -100,7 +100,7 @@ def test_a_later_question_gets_the_logits_of_a_fresh_reading(models, case):
 
 
 def test_what_is_kept_is_said_and_counted(model):
-    doc = model.read(TEXT[:3000])
+    doc = model.read(HANDBOOK[:3000])
     config, tokens = model.config, len(doc.prefix_ids) + len(doc.context_ids)
     assert doc.nbytes == 0
     first, second = (doc.ask(QUESTION, max_tokens=4).stats for _ in range(2))
@@ -109,19 +109,19 @@ def test_what_is_kept_is_said_and_counted(model):
     assert doc.nbytes == 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens
     doc.close()
     assert doc.ask(QUESTION, max_tokens=4).stats.reused_tokens == 0
-    with model.read(TEXT[:3000], keep=False) as once:
+    with model.read(HANDBOOK[:3000], keep=False) as once:
         stats = [once.ask(QUESTION, max_tokens=4).stats for _ in range(2)]
     assert [(s.reused_tokens, s.master_bytes) for s in stats] == [(0, 0)] * 2
 
 
 def test_prefill_reads_the_document_before_any_question(model):
-    doc, steps = model.read(TEXT[:3000]), []
+    doc, steps = model.read(HANDBOOK[:3000]), []
     doc.prefill(lambda stage, done, total: steps.append((stage, done, total)))
     assert doc.nbytes
     assert steps[-1][:2] == ("prefill", steps[-1][2])
     answer = doc.ask(QUESTION, max_tokens=6)
     assert answer.stats.reused_tokens == len(doc.prefix_ids) + len(doc.context_ids)
-    assert answer.ids == model.read(TEXT[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
+    assert answer.ids == model.read(HANDBOOK[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
     steps.clear()
     doc.prefill(lambda *step: steps.append(step))
     assert steps == []
@@ -131,9 +131,9 @@ def test_every_layer_is_computed_once_whoever_asks_first(model, monkeypatch):
     """Eight threads at once: one reads the document, the others wait for it; all answers are a fresh reading's."""
     words = ("ferry", "pan", "keys", "bread", "dogs", "rain", "tea", "oil")
     questions = [f"What is said about {word}?" for word in words]
-    fresh = model.read(TEXT[:3000], keep=False)
+    fresh = model.read(HANDBOOK[:3000], keep=False)
     expected = [fresh.ask(query, max_tokens=6).ids for query in questions]
-    doc, rows = model.read(TEXT[:3000]), []
+    doc, rows = model.read(HANDBOOK[:3000]), []
     embed = model.backend.embed
     monkeypatch.setattr(model.backend, "embed", lambda ids, *rest: (rows.append(len(ids)), embed(ids, *rest)))
     with ThreadPoolExecutor(8) as pool:
@@ -154,8 +154,8 @@ def test_a_batch_of_questions_shares_one_reading(model):
 
 
 def test_a_paused_first_reading_holds_nobody_back(model):
-    doc, engine = model.read(TEXT[:3000]), model.engine
-    expected = model.read(TEXT[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
+    doc, engine = model.read(HANDBOOK[:3000]), model.engine
+    expected = model.read(HANDBOOK[:3000], keep=False).ask(QUESTION, max_tokens=6).ids
     plan = doc.plan(QUESTION, max_tokens=6)
     paused = read_in_steps(engine, doc.prompt(QUESTION), [plan], master=doc._master)
     next(paused)
@@ -169,7 +169,7 @@ def test_a_paused_first_reading_holds_nobody_back(model):
 
 def test_an_interrupted_question_leaves_the_document_to_the_next_one(model):
     """Also while somebody keeps the traceback, and with it the frames."""
-    doc = model.read(TEXT[:3000])
+    doc = model.read(HANDBOOK[:3000])
 
     def stop(stage, done, total):
         raise ZeroDivisionError
@@ -181,7 +181,7 @@ def test_an_interrupted_question_leaves_the_document_to_the_next_one(model):
 
 @pytest.mark.parametrize("how", ["interrupt", "close", "error"])
 def test_a_reading_that_is_given_up_keeps_nothing_and_the_next_one_does(model, how):
-    doc = model.read(TEXT[:3000])
+    doc = model.read(HANDBOOK[:3000])
     if how == "close":
         steps = read_in_steps(model.engine, doc.prompt(QUESTION), [doc.plan(QUESTION)], master=doc._master)
         next(steps)
@@ -203,7 +203,7 @@ def test_a_reading_that_is_given_up_keeps_nothing_and_the_next_one_does(model, h
 def test_a_conversation_keeps_its_turns_behind_the_document(model, scorer):
     """Bit for bit what the whole conversation gives when it is read at once; and the document is read once for it."""
     options = {"scorer": scorer, "kv_bits": 6, "max_tokens": 6}
-    kept, fresh, turns = model.read(TEXT[:3000]), model.read(TEXT[:3000], keep=False), []
+    kept, fresh, turns = model.read(HANDBOOK[:3000]), model.read(HANDBOOK[:3000], keep=False), []
     for query in (QUESTION, "And when was that?", "Is it known who paid?"):
         answer = kept.after(turns).ask(query, **options)
         assert answer.ids == fresh.after(turns).ask(query, **options).ids
@@ -225,7 +225,7 @@ def test_scorers_hear_the_question_before_too(model):
         def score(self, chunks, query):
             heard.append(query)
             return np.arange(len(chunks), dtype=np.float32)
-    doc = model.read(TEXT[:1000])
+    doc = model.read(HANDBOOK[:1000])
     doc.after([("Who?", "Odo."), ("Where?", "There.")]).plan("And when?", scorer=Spy())
     doc.plan(" When? ", scorer=Spy())
     assert heard == ["Where? And when?", "When?"]
@@ -235,12 +235,12 @@ def test_a_template_that_begins_otherwise_with_turns_is_refused(tmp_path):
     template = tiny_model.TEMPLATE.replace("{% for", "{{ 'Long ' if messages | length > 2 }}{% for", 1)
     other = cocktail.load(tiny_model.save_tiny_model(tmp_path, template=template), backend="cpu", threads=1)
     with pytest.raises(PromptError, match="begins otherwise"):
-        other.read(TEXT[:500]).after([("Who?", "Odo.")])
+        other.read(HANDBOOK[:500]).after([("Who?", "Odo.")])
 
 
 def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    doc = model.read(TEXT[:3000])
+    doc = model.read(HANDBOOK[:3000])
 
     def full(descriptor, offset, length):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -253,13 +253,13 @@ def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monke
     assert not list(tmp_path.iterdir())  # the file has no name
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     with pytest.raises(DocumentError, match="missing: no file of"):
-        model.read(TEXT[:3000]).ask(QUESTION, max_tokens=2)
+        model.read(HANDBOOK[:3000]).ask(QUESTION, max_tokens=2)
 
 
 def test_memory_that_does_not_suffice_is_named(model, monkeypatch):
     monkeypatch.setattr("kernels_c.machine.available_bytes", lambda: 1000)
     with pytest.raises(OutOfMemory, match=r"[\d,]+ bytes are to be kept of the document, but 1,000 are free"):
-        model.read(TEXT[:3000], keep="memory").prefill()
+        model.read(HANDBOOK[:3000], keep="memory").prefill()
 
 
 def test_without_tmpdir_the_file_goes_where_there_is_a_disk(model, monkeypatch):
@@ -272,23 +272,23 @@ def test_without_tmpdir_the_file_goes_where_there_is_a_disk(model, monkeypatch):
 
 def test_what_cannot_be_kept_is_refused_by_name(model, tmp_path):
     with pytest.raises(DocumentError, match="keep is 'disk'; expected"):
-        model.read(TEXT[:500], keep="disk")
-    once = model.read(TEXT[:500], keep=False)
+        model.read(HANDBOOK[:500], keep="disk")
+    once = model.read(HANDBOOK[:500], keep=False)
     with pytest.raises(DocumentError, match="not kept between questions"):
         once.prefill()
     dynamic = cocktail.load(tiny_model.save_tiny_model(
         tmp_path, max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), backend="cpu",
         threads=1)
     with pytest.raises(DocumentError, match="dynamic NTK"):
-        dynamic.read(TEXT[:500], keep=True)
-    doc = dynamic.read(TEXT[:500])
+        dynamic.read(HANDBOOK[:500], keep=True)
+    doc = dynamic.read(HANDBOOK[:500])
     assert [doc.ask(QUESTION, max_tokens=2).stats.reused_tokens for _ in range(2)] == [0, 0]
     with pytest.raises(PromptError, match="8192 positions"):
-        model.read(TEXT * 3).prefill()
+        model.read(HANDBOOK * 3).prefill()
 
 
 def test_another_prompt_than_the_documents_is_refused(model):
-    doc, other = model.read(TEXT[:500]), model.read(TEXT[500:1000])
+    doc, other = model.read(HANDBOOK[:500]), model.read(HANDBOOK[500:1000])
     plan = doc.plan(QUESTION)
     with pytest.raises(PromptError, match="does not begin with"):
         read(model.engine, doc.prompt(QUESTION), [plan], master=other._master)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from plans import plan_of_layers, plans
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK
 
-import cocktail
 from cocktail import report
 from cocktail.mix import SCALE
 from cocktail.report import views
@@ -24,7 +23,6 @@ from runtime.arena import ALIGNMENT, ArenaLayout
 from runtime.errors import PlanError, PromptError
 from runtime.plan import Plan
 
-HANDBOOK = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
 HOSTILE = "</span><script>console.error('ran')</script><img src=x onerror=\"console.error('ran')\"> {{ 7 * 7 }} & € "
 TEXT = HOSTILE + HANDBOOK[:1500] + HOSTILE
 QUESTIONS = ("Who mended the cracked iron pan?", "\"><script>console.error('asked')</script>", "attention?", "kivi?")
@@ -62,11 +60,6 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 from numpy_backend import NumpyBackend
 from safetensors import safe_open
+from tiny_model import HANDBOOK
 
 import cocktail
 from runtime.checkpoint import Checkpoint
@@ -20,19 +19,9 @@ from runtime.errors import CocktailError, DocumentError
 from runtime.model import Model as Engine
 from runtime.weights import load_weights
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")[:3000]
+TEXT = HANDBOOK[:3000]
 QUESTION = "Who mended the cracked iron pan?"
 ANSWER = [5, 70, 9, 301, 8]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    return cocktail.load(path, backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ QUESTIONS = ("Who mended the pan?", "When?", "Where does the ledger lie?", "What
 LONG = dict(max_tokens=400, policy="fp16")  # so long that something can happen meanwhile
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(tiny_model.save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
-
-
 @pytest.fixture
 def scheduler(model):
     with model.serve(pause=0.005) as scheduler:

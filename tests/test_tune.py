@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_backend import NumpyBackend
-from tiny_model import save_tiny_model
+from tiny_model import HANDBOOK
 
-import cocktail
 from cocktail import tune
 from cocktail.model import Model
 from cocktail.policies import load_policy
@@ -33,20 +32,10 @@ from runtime.model import Model as Engine
 from runtime.plan import FP16, Tier
 from runtime.weights import load_weights
 
-TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
-PROMPTS = [Prompt(TEXT[:1500], "Who mended the pan?"), Prompt(TEXT[2000:3800], "Repeat.", "A ferry crosses the river.")]
+PROMPTS = [Prompt(HANDBOOK[:1500], "Who mended the pan?"),
+           Prompt(HANDBOOK[2000:3800], "Repeat.", "A ferry crosses the river.")]
 TIERS = tuple(map(Tier.parse, ("K2V2", "K4V2", "K4V4", "K8V8")))
 BITS = {tier: pair_bits(tier, 32, 16) for tier in TIERS}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return cocktail.load(path, backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +109,7 @@ def test_layers_with_the_same_front_and_like_errors_share_a_choice() -> None:
 
 def test_bits_of_a_pair_are_those_of_its_arena(model: Model) -> None:
     """To within positions (4 bytes a chunk) and alignment (a few boundaries of 64 bytes a layer)."""
-    shape = model.read(TEXT[:9000]).shape("Who?", 8)
+    shape = model.read(HANDBOOK[:9000]).shape("Who?", 8)
     for tier in parse_candidates(CANDIDATES):
         sizes = ArenaLayout(load_policy("uniform", tier=tier, sink=0).plan(shape).layout)
         values = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * shape.chunk * shape.n_chunks
@@ -290,21 +279,21 @@ def test_prompts_are_read_and_what_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_of_a_text_are_windows_of_it(model: Model) -> None:
-    prompts, again, others = (prompts_of_text(model, TEXT, 6, 200, 16, seed) for seed in (3, 3, 4))
+    prompts, again, others = (prompts_of_text(model, HANDBOOK, 6, 200, 16, seed) for seed in (3, 3, 4))
     assert prompts == again != others
     for prompt in prompts:
-        assert prompt.context in TEXT
+        assert prompt.context in HANDBOOK
         assert 180 < len(model.tokenizer.encode(prompt.context)) <= 220
     assert all(prompt.answer in prompt.context for prompt in prompts[::3])
     assert [prompt.answer for prompt in prompts[1::3]] == [None, None]
-    assert all(prompt.context + prompt.answer in TEXT for prompt in prompts[2::3])
+    assert all(prompt.context + prompt.answer in HANDBOOK for prompt in prompts[2::3])
     with pytest.raises(PromptError, match="a window and what follows it take 100016"):
-        prompts_of_text(model, TEXT, 1, 100_000, 16, seed=0)
+        prompts_of_text(model, HANDBOOK, 1, 100_000, 16, seed=0)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [
-    ([], "no calibration prompt"), ([Prompt(TEXT[:20], "Who?")], "calibration prompt 1 has 0 whole chunks"),
-    ([PROMPTS[0], Prompt(TEXT[:1500], "Who?", "")], "calibration prompt 2: its answer has 0 tokens"),
+    ([], "no calibration prompt"), ([Prompt(HANDBOOK[:20], "Who?")], "calibration prompt 1 has 0 whole chunks"),
+    ([PROMPTS[0], Prompt(HANDBOOK[:1500], "Who?", "")], "calibration prompt 2: its answer has 0 tokens"),
 ])
 def test_prompts_that_measure_nothing_are_refused(model: Model, prompts: list[Prompt], message: str) -> None:
     with pytest.raises(PromptError, match=message):
@@ -319,7 +308,7 @@ SMALL = ("--count", "2", "--tokens", "200", "--answer-tokens", "6", "--candidate
 
 def test_a_search_writes_pairs_that_the_policies_read(path, tmp_path, model, monkeypatch, capsys) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "pairs.json"
-    text.write_text(TEXT, encoding="utf-8")
+    text.write_text(HANDBOOK, encoding="utf-8")
     command = [str(path), "--text", str(text), "--out", str(out), *SMALL, "--max-bits", "10"]
     assert tune.main([*command, "--trials", "6"]) == 0
     shown = capsys.readouterr().out
@@ -328,7 +317,7 @@ def test_a_search_writes_pairs_that_the_policies_read(path, tmp_path, model, mon
     assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
     kls = [entry["kl"] for entry in data["pareto"]]
     assert kls == sorted(kls, reverse=True) and len(data["even"]) == 4
-    doc = model.read(TEXT[:3000])
+    doc = model.read(HANDBOOK[:3000])
     for policy in ("kvtuner", "cocktail", "budget"):
         plan = doc.plan("Who?", policy=policy, pairs=out, max_tokens=4)
         lowest = [min((plan.layout.tiers[i] for i in chunks), key=lambda t: t.k_bits + t.v_bits)
@@ -355,7 +344,7 @@ def test_ctrl_c_says_how_to_go_on(path: Path, tmp_path: Path, monkeypatch, capsy
         raise KeyboardInterrupt
     monkeypatch.setattr(Calibration, "kl", interrupt)
     text = tmp_path / "text.txt"
-    text.write_text(TEXT, encoding="utf-8")
+    text.write_text(HANDBOOK, encoding="utf-8")
     assert tune.main([str(path), "--text", str(text), "--out", str(tmp_path / "p.json"), *SMALL]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on from here\n")
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_model import save_tiny_model
 
-import cocktail
 from bench.prompts import Prompt
 from bench.quality_measure import ANSWER_TOKENS, measure
 from bench.quality_settings import FP16, budget
@@ -20,11 +19,6 @@ from runtime.errors import PlanError, PromptError
 
 TEXT = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="ascii", errors="ignore")[:5000]
 QUESTION = "Who mended the cracked iron pan?"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cocktail.load(save_tiny_model(tmp_path_factory.mktemp("model")), backend="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

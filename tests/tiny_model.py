@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from converters.model import tensor_shapes
 from runtime.config import ModelConfig
 
+HANDBOOK = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
 SPECIAL = ["<|end|>", "<|start|>"]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 400, "hidden_size": 64,
@@ -32,8 +33,7 @@ def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    text = (Path(__file__).parents[1] / "examples/handbook.txt").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+    tokenizer.train_from_iterator([HANDBOOK], trainers.BpeTrainer(
         vocab_size=CONFIG["vocab_size"], special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     settings = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[0], "add_bos_token": False}
