@@ -97,6 +97,13 @@ def test_the_shown_default_is_the_apis(option, default):
     assert shown_defaults(options.parser())[option] == str(default)
 
 
+@pytest.mark.parametrize(("program", "usage"), [
+    ("/usr/bin/cocktail", "usage: cocktail MODEL"), ("cocktail/run.py", "usage: python -m cocktail.run MODEL")])
+def test_help_shows_the_command_as_it_was_called(monkeypatch, program, usage):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert options.parser().format_help().startswith(usage)
+
+
 def test_the_names_in_help_are_those_that_exist():
     assert sorted(options.POLICIES) == sorted(POLICIES)
     assert sorted(options.SCORERS) == sorted(SCORERS)

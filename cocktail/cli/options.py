@@ -26,9 +26,10 @@ FORMATS = ("rotated", "kivi", "kvquant", "atom")
 
 def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """Every option; None is what was not given. kind: what becomes of errors."""
+    command = "cocktail" if Path(sys.argv[0]).name == "cocktail" else "python -m cocktail.run"
     p = kind(
-        prog="python -m cocktail.run",
-        usage="python -m cocktail.run MODEL [--context FILE] [--query TEXT ...] [options]",
+        prog=command,
+        usage=f"{command} MODEL [--context FILE] [--query TEXT ...] [options]",
         description="Answer from a long document whose KV cache keeps each chunk at the precision its relevance earns.",
         epilog="Without --context, --query is completed (in the model's chat template where it has one). Without "
                "--query, a terminal gets a loop: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves.")
