@@ -145,7 +145,7 @@ def test_every_layer_is_computed_once_whoever_asks_first(model, monkeypatch):
 def test_a_batch_of_questions_shares_one_reading(model):
     """In the scheduler, whose passes are paused for those that run: the first question keeps what the others take."""
     questions = [f"What is said about {word}?" for word in ("ferry", "pan", "keys", "bread")]
-    fresh, doc = (model.read(TEXT[:3000], keep=keep) for keep in (False, True))
+    fresh, doc = (model.read(HANDBOOK[:3000], keep=keep) for keep in (False, True))
     with model.serve():
         found = [answer.result(60) for answer in [doc.submit(query, max_tokens=6) for query in questions]]
     assert [answer.ids for answer in found] == [fresh.ask(query, max_tokens=6).ids for query in questions]
