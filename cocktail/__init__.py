@@ -5,9 +5,10 @@
     doc = model.read(open("report.txt").read())
     print(doc.ask("Who signed the contract?", kv_bits=3.3).text)
 
-What is named here is the public API: it changes only with an entry in CHANGELOG.md, and a name that goes is deprecated
-for one release first. Everything else may change at any time. It is typed (`py.typed`). Arrays are NumPy arrays on the
-host; token ids are ints; sizes are bytes, times seconds. What is refused raises a subclass of `CocktailError`.
+What is named here is the public API, the modules `cocktail.report` and `cocktail.promote` among it: it changes only
+with an entry in CHANGELOG.md, and a name that goes is deprecated for one release first. Everything else may change at
+any time. It is typed (`py.typed`). Arrays are NumPy arrays on the host; token ids are ints; sizes are bytes, times
+seconds. What is refused raises a subclass of `CocktailError`.
 
 Names are imported on first use, so that `import cocktail` costs nothing.
 """
@@ -17,6 +18,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cocktail import promote as promote
+    from cocktail import report as report
     from cocktail.answer import Answer, AnswerStream, Stats
     from cocktail.document import Comparison, Document, plan_stats
     from cocktail.model import Model, load
@@ -65,6 +68,7 @@ _HOMES = {
     "runtime.schedule": ("SchedulerStats",),
     "runtime.scheduler": ("Scheduler",),
 }
+_MODULES = ("promote", "report")
 __all__ = [  # noqa: RUF022 (the order of the API page)
     "load", "Model", "Document", "open_document", "Answer", "AnswerStream", "Stats", "SamplingParams", "Comparison",
     "Verification",
@@ -76,9 +80,11 @@ __all__ = [  # noqa: RUF022 (the order of the API page)
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"cocktail.{name}")
     for module, names in _HOMES.items():
         if name in names:
-            from importlib import import_module
-
             return globals().setdefault(name, getattr(import_module(module), name))
     raise AttributeError(f"module 'cocktail' has no attribute {name!r}")

@@ -17,8 +17,8 @@ from jinja2 import pass_context
 from markupsafe import Markup
 
 ROOT = Path(__file__).parents[1]
-# Beside the public names: what `policy=`, `scorer=` and their options stand for.
-MODULES = ("cocktail", "cocktail.policies", "cocktail.scorers")
+# Beside the public names and modules: what `policy=`, `scorer=` and their options stand for.
+MODULES = ("cocktail", "cocktail.report", "cocktail.promote", "cocktail.policies", "cocktail.scorers")
 
 
 def main(folder: str = str(ROOT / "docs/api")) -> None:

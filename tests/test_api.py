@@ -34,6 +34,12 @@ def test_every_export_has_one_home():
     assert sorted(homes) == sorted(cocktail.__all__)
 
 
+def test_public_modules_need_no_import_of_their_own():
+    script = "import cocktail; print(cocktail.report.write.__name__, cocktail.promote.promote.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "write promote\n"
+
+
 def test_a_wrong_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Modle'"):
         _ = cocktail.Modle
