@@ -311,8 +311,10 @@ def test_formats_before_rope_refuse_tables_that_do_not_fit(family: str) -> None:
                                   (replace(data, v_levels=None), "need v_levels")] if family == "kvquant" else [])]:
             with pytest.raises(KernelError, match=message):
                 use(wrong)
+    room = np.int32(len(data.cos) - 32 - stored.starts(0).max())
+    pack(data, stored.starts(0) + room)
     with pytest.raises(KernelError, match="begin at positions"):
-        pack(data, stored.starts(0) + stored.case.tokens)
+        pack(data, stored.starts(0) + room + np.int32(1))
     # Chunks that do not lie a whole number of chunks behind the tail's head have no place in the turned tables.
     stored.bound = bind(data, replace(tail, head=layout.prefix + 1))
     with pytest.raises(KernelError, match="position"):

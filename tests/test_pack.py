@@ -243,8 +243,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
     ]:
         with pytest.raises(KernelError, match=message):
             backend.pack(*arguments)
-    for rows, slot, message in [([0, 1], tail.capacity - 1, "slots"), ([0], -1, "slots"), ([500], 0, "rows"),
-                                ([-1], 0, "rows")]:
+    for rows, slot, message in [([0, 1], tail.capacity - 1, "slots"), ([0], -1, "slots"),
+                                ([layout.prompt_tokens], 0, "rows"), ([-1], 0, "rows")]:
         with pytest.raises(KernelError, match=message):
             backend.copy_tail(x, x, np.array(rows, np.int32), arena, tail, slot)
     assert (arena == POISON).all()
