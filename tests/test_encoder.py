@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -424,6 +426,19 @@ def test_a_torch_file_without_an_encoder_is_refused(tmp_path: Path, capsys: pyte
     torch.save({"cls.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
     assert converters.main(["torch", str(tmp_path), str(tmp_path / "out.safetensors")]) == 2
     assert "there is no tensor embeddings.* or encoder.*" in capsys.readouterr().err
+
+
+def test_threads_may_score_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passages are cut to the window while queries are not, by one tokenizer: threads change between the two."""
+    encode = EncoderFolder._encode
+    monkeypatch.setattr(EncoderFolder, "_encode", lambda folder, texts: (time.sleep(0.002), encode(folder, texts))[1])
+    save_bert(tmp_path, vocab_size=30522)
+    scorer = EncoderScorer(str(with_tokenizer(tmp_path)), device="cpu")
+    chunks, queries = ["the ferry leaves at nine " * n for n in range(1, 20)], ["who " * n for n in range(1, 30)]
+    expected = [scorer.score(chunks, query) for query in queries]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda query: scorer.score(chunks, query), queries))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [

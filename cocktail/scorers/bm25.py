@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 import Stemmer
@@ -43,6 +44,7 @@ class Bm25Scorer:
         except KeyError:
             raise ScorerError(f"bm25 has no stemmer '{stem}'; it has {', '.join(Stemmer.algorithms())}") from None
         self._stopwords = stopwords or []
+        self._stemming = Lock()  # PyStemmer wants a stemmer to itself; several threads may ask one document
         try:
             self._words([""])
         except ValueError as error:
@@ -58,6 +60,7 @@ class Bm25Scorer:
         return finite_scores(index.get_scores_from_ids(index.get_tokens_ids(wanted)), self.name)
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
-        words: list[list[str]] = bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords=self._stopwords,
-                                                stemmer=self._stemmer, return_ids=False, show_progress=False)
+        with self._stemming:
+            words: list[list[str]] = bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords=self._stopwords,
+                                                    stemmer=self._stemmer, return_ids=False, show_progress=False)
         return words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ class EncoderScorer(EmbeddingScorer):
                                      "pooling": pooling}
             self._folder = replace(folder, **{name: value for name, value in given.items() if value is not None})
             self._encoder = Encoder(folder.weights, self._backend)
+            self._tokenizing = Lock()
         except UnsupportedEncoder as error:
             raise ScorerError(f"encoder {model}: {error}; sentence-transformers may run it: library:{model}") from error
         except BackendError as error:
@@ -50,7 +52,8 @@ class EncoderScorer(EmbeddingScorer):
         """(N, E): what sentence-transformers' encode_query or encode_document gives, to 1e-3."""
         ids = self._folder.queries(texts) if queries else self._folder.passages(texts)
         try:
-            with self._backend.beside():
+            # Queries and passages set the one tokenizer in different ways, and threads may score at once.
+            with self._tokenizing, self._backend.beside():
                 # On a GPU the next texts are tokenized while these are embedded: nothing is waited for until the end.
                 batches = list(self._encoder.embed(ids, self._folder.pooling))
                 rows = np.concatenate([self._backend.download(batch) for batch in batches])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,13 @@ class LibraryScorer(EmbeddingScorer):
         batch_size = batch_size or BATCH["gpu" if on_gpu else "cpu"]
         self._by = _Quick(loaded, batch_size) if _Quick.takes(loaded) else _Library(loaded, batch_size)
         self._beside = _gpu_stream(loaded.device) if on_gpu else nullcontext
+        self._tokenizing = Lock()
         super().__init__(f"library:{model}", self.embed, similarity)
 
     def embed(self, texts: Sequence[str], queries: bool = False) -> npt.ArrayLike:
         """(N, size)."""
-        with self._beside():
+        # Queries and passages set the one tokenizer in different ways, and threads may score at once.
+        with self._tokenizing, self._beside():
             return self._by(texts, queries)
 
 
