@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -18,9 +19,10 @@ import safetensors.torch
 import torch
 from model_files import CONFIG, put_tokenizer, save_meta, save_mistral, save_torch, spm, weights, write_gguf
 
-from converters import convert
+from converters import convert, meta
 from converters.__main__ import main
 from converters.model import Model, Source, half_split_rows, tensor_shapes
+from converters.originals import Params
 from converters.writer import write
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
@@ -208,6 +210,28 @@ def test_meta_joins_its_parts(tmp_path: Path, parts: int, axis: int) -> None:
         (tmp_path / "consolidated.00.pth").unlink()
         with pytest.raises(ConvertError, match=r"not consolidated\.00\.pth"):
             convert("meta", tmp_path, tmp_path / "n.safetensors")
+
+
+@pytest.mark.parametrize(("params", "vocab_size", "positions", "scaling"), [
+    ({"dim": 4096, "norm_eps": 1e-6}, 32000, 2048, None),  # Llama 1
+    ({"dim": 4096, "norm_eps": 1e-5}, 32000, 4096, None),  # 2
+    ({"dim": 4096, "rope_theta": 1e6}, 32016, 16384, None),  # Code Llama
+    ({"dim": 4096, "rope_theta": 5e5}, 128256, 8192, None),  # 3
+    ({"dim": 4096, "rope_theta": 5e5, "use_scaled_rope": True}, 128256, 131072, 8),  # 3.1
+    ({"dim": 2048, "rope_theta": 5e5, "use_scaled_rope": True}, 128256, 131072, 32),  # 3.2, 1B
+    ({"dim": 3072, "rope_theta": 5e5, "use_scaled_rope": True}, 128256, 131072, 32),  # 3.2, 3B
+    ({"dim": 3072, "rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 4}, 128256, 131072, 4),
+])
+def test_meta_knows_what_only_its_code_says(tmp_path: Path, params: dict[str, Any], vocab_size: int, positions: int,
+                                            scaling: float | None) -> None:
+    (tmp_path / "params.json").write_text(json.dumps({"n_heads": 32, "n_layers": 1, **params}))
+    shapes = {"model.embed_tokens.weight": (vocab_size, params["dim"]),
+              "model.layers.0.mlp.gate_proj.weight": (11008, params["dim"])}
+    sources = {name: Source(name, shape, "F16", lambda index: np.empty(0)) for name, shape in shapes.items()}
+    config = meta._config(Params(tmp_path), sources)
+    assert (config["max_position_embeddings"], config["intermediate_size"]) == (positions, 11008)
+    assert config.get("rope_scaling", {}).get("factor") == scaling
+    assert config["eos_token_id"] == ([128001, 128008, 128009] if vocab_size == 128256 else 2)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
