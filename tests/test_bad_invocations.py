@@ -17,7 +17,7 @@ import pytest
 from fake_model import make_plan
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_model import CONFIG, save_tiny_model
+from tiny_model import CONFIG, HANDBOOK, save_tiny_model
 
 from cocktail import calibrate, run, tune
 
@@ -59,8 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = {"weight_map": dict.fromkeys(tensors, "gone.safetensors")}
     (folder / "shards.safetensors.index.json").write_text(json.dumps(shards))
 
-    handbook = (ROOT / "examples/handbook.txt").read_text(encoding="utf-8")
-    for name, data in {"doc.txt": handbook[:6000].encode(), "long.txt": (handbook * 3).encode(), "blank.txt": b" \n",
+    for name, data in {"doc.txt": HANDBOOK[:6000].encode(), "long.txt": (HANDBOOK * 3).encode(), "blank.txt": b" \n",
                        "latin1.txt": "caf\u00e9".encode("latin-1"), "binary.bin": bytes(range(128)),
                        "plan.json": make_plan().to_json().encode(), "noplan.json": b"{}",
                        "broken.json": b'{"version": '}.items():

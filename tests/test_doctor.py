@@ -20,14 +20,12 @@ import kernels_c.machine
 from cocktail import doctor
 from cocktail.fit import cache_bytes, fit, prefill_bytes, step_bytes
 from kernels_c.backend import CpuBackend
-from kernels_c.encoder import CpuEncoder
 from kernels_c.errors import KernelError
 from kernels_cu import build
 from kernels_cu.errors import NoDevice
 from runtime.backend import load_backend
 from runtime.checkpoint import Checkpoint
-from runtime.diagnosis import Finding, cpu, cuda, failed, measure
-from runtime.diagnosis.probes import probe, probe_encoder
+from runtime.diagnosis import Finding, cpu, cuda, measure
 from runtime.errors import BackendError
 from runtime.model import Model, prefill
 from runtime.weights import load_weights
@@ -38,59 +36,6 @@ FAST = CpuBackend(threads=1)
 
 def by_subject(findings: Any) -> dict[str, Finding]:
     return {finding.subject: finding for finding in findings}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-# The probes --------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("isa", kernels_c.isa.available_isas())
-def test_every_kernel_is_probed_and_right(isa):
-    backend = CpuBackend(threads=1, isa=isa)
-    results = [*probe(backend), *probe_encoder(CpuEncoder(threads=1, isa=isa))]
-    assert [result for result in results if not result.good] == []
-    probed = {name.strip(",:") for result in results for name in result.operation.split()}
-    assert backend.kernels().keys() - probed == set()
-    assert {"embed", "attention", "add", "gelu", "pool"} <= {
-        result.operation.split()[1] for result in results if result.operation.startswith("encoder")}
-
-
-def test_what_a_backend_refuses_is_a_warning_and_what_raises_a_failure(monkeypatch):
-    whole = CpuBackend.bind
-
-    def bind(self, arena, spans, *rest):
-        if any(span.formats != "rotated" for span in spans):
-            raise KernelError("only rotated formats")
-        return whole(self, arena, spans, *rest)
-
-    def logits(self, *_):
-        raise KernelError("out of\nregisters")
-
-    monkeypatch.setattr(CpuBackend, "bind", bind)
-    monkeypatch.setattr(CpuBackend, "logits", logits)
-    found = by_subject(measure.probed("cpu", "kernels", FAST))
-    assert (found["kernels: logits"].status, found["kernels: logits"].found) == ("fail", "out of registers")
-    assert found["kernels: pack, decode_attention: kivi"].status == "warn"
-    assert found["kernels"].status == "pass"
-
-
-@pytest.mark.parametrize(("operation", "change"), [
-    ("gate_up", lambda out: out.__imul__(1.05)), ("linear_add", lambda out: out.__setitem__((0, 0), np.nan)),
-    ("attention_mass", lambda out: out.fill(0)), ("decode_attention", lambda out: out.__iadd__(0.02))])
-def test_a_wrong_kernel_fails(monkeypatch, operation, change):
-    right = getattr(CpuBackend, operation)
-
-    def wrong(self, *arguments):
-        right(self, *arguments)
-        change(arguments[-1])
-
-    monkeypatch.setattr(CpuBackend, operation, wrong)
-    found = list(measure.probed("cpu", "kernels", FAST))
-    assert failed(found)
-    assert all(operation in finding.subject for finding in found if finding.status == "fail")
 
 
 # The processor -----------------------------------------------------------------------------------------------------
@@ -135,16 +80,17 @@ def test_too_little_memory(quick, monkeypatch):
     assert found["memory rate"].status == "warn"
 
 
-@pytest.mark.parametrize(("path", "advice"), [("/nonexistent", "there is no C compiler either"), (None, "build them")])
-def test_without_the_c_kernels(tmp_path, path, advice):
+@pytest.mark.parametrize(("folder", "advice"), [("/nonexistent", "there is no C compiler either"),
+                                                (None, "build them")])
+def test_without_the_c_kernels(tmp_path, folder, advice):
     """In a process of its own, with and without a compiler; nothing can run, so the exit code is 1."""
-    if path is None:
+    if folder is None:
         (tmp_path / "cc").write_text("")
         (tmp_path / "cc").chmod(0o755)
-    script = "import sys; sys.modules['kernels_c._kernels'] = None; from cocktail.doctor import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", script.replace("main()", "main(['--json'])")], cwd=ROOT, text=True,
-                          env=os.environ | {"PATH": path or str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
-                          capture_output=True, timeout=60)
+    script = ("import sys; sys.modules['kernels_c._kernels'] = None; from cocktail.doctor import main; "
+              "sys.exit(main(['--json']))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=60,
+                          env=os.environ | {"PATH": folder or str(tmp_path), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1, done.stderr
     (found,) = [each for each in json.loads(done.stdout)["findings"] if each["subject"] == "C kernels"]
     assert found["status"] == "fail"
@@ -290,43 +236,43 @@ def machine(free: int, area: str = "cpu") -> list[Finding]:
     return [Finding(area, "memory", "pass", "", value=free), Finding(area, "memory rate", "pass", "", value=1e9)]
 
 
-def sizes(model: Path) -> tuple[int, int, dict[str, int]]:
+def sizes(path: Path) -> tuple[int, int, dict[str, int]]:
     """Bytes of weights, of the prefill of 4,000 tokens, of their cache at each width."""
-    with Checkpoint.open(model) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         return checkpoint.nbytes, prefill_bytes(checkpoint.config, 4096), cache_bytes(checkpoint.config, 4000)
 
 
-def test_fit(model):
-    _, prefill, caches = sizes(model)
+def test_fit(path):
+    _, prefill, caches = sizes(path)
     assert caches["FP16"] > caches["K8V8"] > caches["K4V4"] > caches["budget"]
     for free, status, text in ((1 << 30, "pass", "1.00 GiB free; a token takes at least"),
                                (prefill + caches["FP16"], "warn", "weights would be read from the disk"),
                                (prefill + caches["K8V8"], "warn", "FP16 does not fit; K8V8 does"),
                                (prefill + caches["budget"] - 1, "fail", "it does not fit")):
-        found = by_subject(fit(model, 4000, machine(free)))
+        found = by_subject(fit(path, 4000, machine(free)))
         assert found["checkpoint"].status == found["tokenizer"].status == "pass"
         line = found["4,000 tokens, cpu"]
         assert line.status == status
         assert text in line.found + line.advice
 
 
-def test_no_room_on_the_disk_for_a_second_question(model, monkeypatch):
+def test_no_room_on_the_disk_for_a_second_question(path, monkeypatch):
     monkeypatch.setattr("cocktail.fit.disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
-    *_, found = fit(model, 4000, machine(1 << 30))
+    *_, found = fit(path, 4000, machine(1 << 30))
     assert (found.status, "TMPDIR" in found.advice) == ("warn", True)
-    *_, found = fit(model, 4000, machine(1 << 30, "cuda"))
+    *_, found = fit(path, 4000, machine(1 << 30, "cuda"))
     assert found.status == "pass"
     monkeypatch.undo()
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    *_, found = fit(model, 4000, machine(1 << 30))
+    *_, found = fit(path, 4000, machine(1 << 30))
     assert (found.status, "/nowhere has 0.0 MiB left" in found.advice) == ("warn", True)
 
 
-def test_on_a_gpu_the_weights_must_fit_too(model):
-    weights, prefill, caches = sizes(model)
+def test_on_a_gpu_the_weights_must_fit_too(path):
+    weights, prefill, caches = sizes(path)
 
     def status(free: int) -> str:
-        *_, found = fit(model, 4000, machine(free, "cuda"))
+        *_, found = fit(path, 4000, machine(free, "cuda"))
         return found.status
 
     assert status(weights + prefill + caches["FP16"]) == "pass"
@@ -334,14 +280,14 @@ def test_on_a_gpu_the_weights_must_fit_too(model):
     assert status(weights + prefill + caches["budget"] - 1) == "fail"
 
 
-def test_several_contexts_without_a_choice(model):
-    assert [*by_subject(fit(model, None, machine(1 << 30)))][2:] == ["4,096 tokens, cpu", "7,840 tokens, cpu"]
+def test_several_contexts_without_a_choice(path):
+    assert [*by_subject(fit(path, None, machine(1 << 30)))][2:] == ["4,096 tokens, cpu", "7,840 tokens, cpu"]
 
 
-def test_a_model_that_is_not_there_and_a_context_beyond_it(model):
+def test_a_model_that_is_not_there_and_a_context_beyond_it(path):
     (found,) = fit("nowhere", None, [])
     assert (found.status, found.found) == ("fail", "nowhere: no such file or folder")
-    *_, found = fit(model, 10_000, machine(1 << 30))
+    *_, found = fit(path, 10_000, machine(1 << 30))
     assert found.status == "fail"
     assert "the model has 8,192 positions" in found.found
 
@@ -353,21 +299,21 @@ def test_a_model_with_too_few_positions_for_any_document(tmp_path):
     assert "the model has 256 positions" in found.found
 
 
-def test_the_least_time_of_a_token(tmp_path, model):
+def test_the_least_time_of_a_token(tmp_path, path):
     """Bytes over the rate: every weight but an embedding that is not the head, and what the cache holds by then."""
     untied = save_tiny_model(tmp_path, tie_word_embeddings=False)
-    with Checkpoint.open(untied) as other, Checkpoint.open(model) as tied:
+    with Checkpoint.open(untied) as other, Checkpoint.open(path) as tied:
         assert step_bytes(other) == step_bytes(tied) == tied.nbytes < other.nbytes
         config, weights = tied.config, tied.nbytes
     tokens = 4 * config.n_layers * config.n_kv_heads * config.head_dim * 256
     floor = (weights + cache_bytes(config, 4000)["budget"] - tokens) / 1e9
-    *_, found = fit(model, 4000, machine(1 << 30))
+    *_, found = fit(path, 4000, machine(1 << 30))
     assert f"at least {1e3 * floor:.1f} ms" in found.found
 
 
-def test_the_prefills_estimate_is_what_it_allocates(model):
+def test_the_prefills_estimate_is_what_it_allocates(path):
     """Within a tenth and a little: what is not counted are ids, positions and logits."""
-    with Checkpoint.open(model) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         engine = Model(checkpoint.config, load_weights(checkpoint, FAST), FAST)
     counted = 0
 
@@ -399,8 +345,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
     return findings
 
 
-def test_the_table_shows_every_line_and_what_to_do(found, capsys, model):
-    assert doctor.main([str(model)]) == 0
+def test_the_table_shows_every_line_and_what_to_do(found, capsys, path):
+    assert doctor.main([str(path)]) == 0
     out, err = capsys.readouterr()
     for text in ("cpu: C kernels", "built", "-> pip install 'cocktail-kv[cuda13]'", "model: 4,096 tokens, cpu",
                  "warnings: 1; failed: 0"):
@@ -414,8 +360,8 @@ def test_a_failure_is_exit_code_1(found, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_json(found, capsys, model):
-    assert doctor.main([str(model), "--context-tokens", "100", "--json"]) == 0
+def test_json(found, capsys, path):
+    assert doctor.main([str(path), "--context-tokens", "100", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
     assert told["findings"][3] == {"area": "cuda", "subject": "CuPy", "status": "warn", "found": "missing",
