@@ -62,7 +62,7 @@ class Comparison:
 class Document:
     """What Model.read returns. No question loses anything to the precision that another one chose. On the CPU several
     threads may ask at once; where nothing is kept yet they wait for the first to read the document. On CUDA one thread
-    may ask at a time.
+    may ask at a time; `submit` is for several.
 
     model, context, chunk, system, keep: as Model.read was given them. turns: the questions and answers that `after` put
     behind the document. digest: of the context's ids, which plans record.
