@@ -217,8 +217,10 @@ def _curve_goal(curve: Sequence[tuple[float, float]], row: Row) -> dict[str, Any
     at = at_bytes(curve, row["bpv"])
     if at is None:
         return {"text": f"{row['bpv']:.2f} bpv are fewer than the curve begins with ({min(curve)[0]:.2f})"}
-    beyond = " (the curve's last point, which takes fewer)" if row["bpv"] > max(curve)[0] else ""
-    met = at < row["kl"]
+    last, met = max(curve)[0], at < row["kl"]
+    if row["bpv"] > last and not met:
+        return {"text": f"{row['bpv']:.2f} bpv are more than the curve ends with ({last:.2f})"}
+    beyond = " (the curve's last point, which takes fewer)" if row["bpv"] > last else ""
     return {"text": f"KL {at:.4f} at {row['bpv']:.2f} bpv{beyond}, {row['setting']} {row['kl']:.4f}: "
                     f"{row['kl'] / at:.2f} times, {'met' if met else 'MISSED'}", "times": row["kl"] / at, "met": met}
 
