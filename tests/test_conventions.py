@@ -164,6 +164,17 @@ def test_memory_that_runs_out_anywhere_is_one_line(command, capsys):
     assert capsys.readouterr().err == "error: out of memory: Unable to allocate 9 GiB\n"
 
 
+@pytest.mark.parametrize(("error", "line"), [
+    (PermissionError(13, "Permission denied", "secret.txt"), "error: secret.txt: Permission denied\n"),
+    (OSError(28, "No space left on device"), "error: No space left on device\n")])
+def test_an_error_of_the_system_is_one_line(command, capsys, error, line):
+    def refused(_: argparse.Namespace) -> None:
+        raise error
+
+    assert run_command(command, refused, ["model"]) == 2
+    assert capsys.readouterr().err == line
+
+
 def complete(script: str, *words: str) -> set[str]:
     """What bash offers for the last word, with the script that the command prints."""
     line = " ".join(f"'{word}'" for word in words)

@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from runtime.errors import CocktailError
 
@@ -48,9 +50,10 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     except BrokenPipeError:  # `... | head -1`
         _drop_stdout()
         return BROKEN_PIPE
-    except OSError as error:  # such as a full disk behind stdout
+    except OSError as error:
         print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
-        _drop_stdout()
+        if error.filename is None:  # such as a full disk behind stdout
+            _drop_stdout()
         return ERROR
     return code or 0
 
@@ -61,4 +64,5 @@ def print_error(error: CocktailError | str) -> None:
 
 def _drop_stdout() -> None:
     """So that the interpreter, which flushes stdout on its way out, does not fail there once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(io.UnsupportedOperation):  # main() may run where stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
