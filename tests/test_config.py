@@ -72,7 +72,7 @@ def test_agrees_with_transformers(kind: Any, kv_heads: int, head_dim: int | None
     ("mistral", MistralConfig, "max_position_embeddings", "max_positions"),
     ("mistral", MistralConfig, "sliding_window", "sliding_window")])
 def test_an_absent_key_has_the_value_transformers_gives_it(kind: str, make: Any, key: str, mine: str) -> None:
-    stated = without(key, "architectures", "model_type", "rope_theta", num_attention_heads=8)
+    stated = without(key, "architectures", "model_type", "rope_theta", num_attention_heads=16, hidden_size=64)
     theirs = make(**stated)
     ours = ModelConfig.from_json(stated | {"architectures": [f"{kind.title()}ForCausalLM"]})
     assert getattr(ours, mine) == getattr(theirs, key)
