@@ -27,6 +27,17 @@ def small(**changes: object) -> Plan:
 
 # Valid plans.
 
+def test_bits_per_value_count_no_chunk_that_a_window_hides() -> None:
+    """On neither side: 16 bits and the chunks' positions, whatever share of the document is hidden."""
+    shape = DocumentShape(n_layers=3, n_kv_heads=2, head_dim=64, chunk=32, n_chunks=8, prefix=5, remainder=3, suffix=7,
+                          max_new=10, window=140)
+    hidden = len(shape.hidden_chunks())
+    assert 0 < hidden < 8
+    sizes = ArenaLayout(shape.layout((FP16, HIDDEN), (8 - hidden, hidden)))
+    assert 16 <= sizes.context_bits_per_value <= 16.1
+    assert ArenaLayout(shape.layout((FP16, HIDDEN), (0, 8))).context_bits_per_value == 16
+
+
 @settings(deadline=None)
 @given(plans())
 def test_json_round_trip_is_exact(plan: Plan) -> None:
