@@ -31,6 +31,7 @@ class CpuBackend(CacheOps):
 
     name = "cpu"
     prefill_tile = 512
+    prefill_rows = 17  # GEMV_ROWS of linear.h and one: fewer are multiplied in another order
     asynchronous = False
     max_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
 

@@ -112,6 +112,7 @@ class Backend(Protocol):
 
     name: str
     prefill_tile: int  # tokens of one prefill step: large enough to keep the device busy
+    prefill_rows: int  # in steps of so many and more, what a row gets does not depend on how many there are
     asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
     max_batch: int  # sequences of one decode step, each bit for bit as it is alone; 1: they take turns
 

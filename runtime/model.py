@@ -78,8 +78,9 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
     """
     config, backend, layers = model.config, model.backend, model.weights.layers
     n = len(ids)
-    # Rows whose q is looked at are computed although they are known, the last one always.
-    begin = 0 if known is None else min(known.tokens, n - 1, *(attention.rows.start for attention in watched))
+    # Computed although known: rows whose q is looked at, and as many as give the others the bits of a fresh reading.
+    begin = 0 if known is None else max(0, min(known.tokens, n - backend.prefill_rows,
+                                               *(attention.rows.start for attention in watched)))
     tiles = _tiles(begin, n, tile)
     x = backend.empty((n - begin, config.hidden_size), np.float32)
     highest = StepBuffers.allocate(config, backend, max(end - start for start, end in tiles), layers, x=x)

@@ -20,6 +20,7 @@ from runtime.formats import round_trip
 class NumpyBackend:
     name: str = "numpy"
     prefill_tile: int = 512
+    prefill_rows: int = 1
     asynchronous: bool = False
     max_batch: int = 16
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
