@@ -35,11 +35,13 @@ class Decoder:
 
     def needs(self, layout: Layout) -> tuple[int, int]:
         """Bytes of one request: what it holds until it ends (arena, RoPE tables, logits), and what only its prefill
-        holds. Both are known before the prefill; tables of a few KiB are not counted."""
-        config = self._model.config
-        tables = 4 * config.head_dim * (layout.prompt_tokens + layout.max_new)
-        logits = 3 * 4 * config.vocab_size  # the prefill's, and those of a step by itself and in a batch
-        return (ArenaLayout(layout).nbytes + tables + logits,
+        holds. Both are known before the prefill."""
+        config, tokens = self._model.config, layout.prompt_tokens + layout.max_new
+        rope, seen = 4 * config.head_dim * tokens, 4 * tokens + 12 * layout.max_new  # seen: with draws and uniforms
+        row = 4 * (config.vocab_size + config.hidden_size + 2 * config.n_heads * config.head_dim
+                   + config.intermediate_size)
+        # Rows of the prefill's end, of a step by itself and of one in a batch; states and positions are below 1 KiB.
+        return (ArenaLayout(layout).nbytes + rope + seen + 3 * row + 1024,
                 prefill_bytes(config, layout.prompt_tokens, self._model.backend.prefill_tile))
 
     def free_bytes(self) -> int | None:

@@ -253,3 +253,45 @@ def test_an_ended_request_holds_no_cache(model, monkeypatch):
             assert len(arenas) == len(errors) and all(ref() is None for ref in arenas)
     finally:
         gc.enable()
+
+
+def test_what_a_request_needs_is_what_it_allocates(model, monkeypatch):
+    """Live bytes of the backend's buffers: never above what admission reserved, and not far below at their peak."""
+    live, peak = [0], [0]
+
+    def counted(allocate):
+        def call(*arguments):
+            made = allocate(*arguments)
+            root = made if made.base is None else made.base
+            live[0] += made.nbytes
+            peak[0] = max(peak[0], live[0])
+            weakref.finalize(root, lambda nbytes=made.nbytes: live.__setitem__(0, live[0] - nbytes))
+            return made
+
+        return call
+
+    requests = [request_for(model, i) for i in range(12)]
+    for name in ("empty", "arena"):  # upload and visible allocate through the former's function: by themselves
+        monkeypatch.setattr(model.backend, name, counted(getattr(model.backend, name)))
+    upload = model.backend.upload
+    monkeypatch.setattr(model.backend, "upload", counted(upload))
+    decoder = Decoder(model.engine)
+    for request in requests:
+        held, scratch = decoder.needs(request.plan.layout)
+        peak[0] = live[0]
+        steps = decoder.read(request.prompt, request.plan, None)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                member = decoder.start(end.value, request.sampling, request.max_new, frozenset())
+                break
+        del steps
+        read_peak, after = peak[0], live[0]
+        decoder.step([member])
+        stepping = live[0]
+        assert after <= stepping <= held < stepping + 4096
+        assert held + scratch >= read_peak >= 0.9 * (held + scratch)
+        decoder.forget()
+        del member
+        assert live[0] == 0
