@@ -12,6 +12,7 @@ first quarter of the requests has left it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import random
 import threading
@@ -40,7 +41,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
 SAMPLINGS = (SamplingParams(), SamplingParams(temperature=0.9, seed=3),
              SamplingParams(repetition_penalty=1.3, top_k=9, temperature=0.5, seed=5))
 FATES = ("complete", "complete", "complete", "on_id", "on_step", "plan", "deadline", "cancel", "drop")
-FLAT = 8 * 2**20  # bytes by which resident memory may differ: what an allocator keeps for itself
+FLAT = 8 * 2**20  # bytes by which resident memory may differ: what keeps blocks from being given back
 RARE = 0.002  # how often an operation of the device fails
 
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="the last line in a file too")
     args = parser.parse_args(arguments)
     run, model = describe_run(), cocktail.load(args.model, backend="cpu", threads=args.threads)
-    outcome = soak(model.engine, kinds(model, args.context_tokens), args.requests, args.seed, gap=0.05)
+    outcome = soak(model.engine, kinds(model, args.context_tokens), args.requests, args.seed, gap=0.4)
     print_table(["completed", "cancelled", "failed", "lost", "bytes left", "memory grown, MiB", "seconds"],
                 [[outcome.completed, outcome.cancelled, outcome.failed, outcome.lost, outcome.left,
                   f"{outcome.grown / 2**20:.1f}", f"{outcome.seconds:.0f}"]])
@@ -119,7 +120,7 @@ def _round(engine: Engine, requests: Sequence[Request], alone: Sequence[tuple[in
     held: list[tuple[int, int, Ticket]] = []
     timers: list[threading.Timer] = []
     with _faults(engine.backend, random.Random(rng.random())), \
-            Scheduler(engine, limit=limit, max_running=8, pause=gap) as scheduler:
+            Scheduler(engine, limit=limit, max_running=8, pause=min(gap, 0.05)) as scheduler:
         for i in range(n):
             kind, fate = rng.randrange(len(requests)), rng.choice(FATES)
             ticket = scheduler.submit(_doomed(requests[kind], fate, rng, gap, ends[i]))
@@ -180,8 +181,13 @@ def _faults(backend: Any, rng: random.Random) -> Iterator[None]:
 
 
 def _resident() -> int:
+    """Resident memory but for mapped files, whose pages come and go as the system likes, and for what malloc keeps of
+    freed blocks: on glibc it gives that back first (tens of MiB, in an arena per thread)."""
     gc.collect()
-    return int(psutil.Process().memory_info().rss)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Linear layers, norms, RoPE and the embedding on every instruction set, against plain float64 NumPy."""
 
+from threading import Thread
+
 import numpy as np
+import psutil
 import pytest
 from dense_ref import EPS, Qkv, hostile, norm64, stored
 from hypothesis import given, settings
@@ -203,6 +206,22 @@ def test_who_shares_a_batch_changes_no_bit(isa, T, K, N, dtype, bias, seed):
     together, alone = run(slice(0, T)), [run(slice(t, t + 1)) for t in range(T)]
     for mode, rows in enumerate(together):
         assert rows.tobytes() == b"".join(single[mode].tobytes() for single in alone)
+
+
+def test_a_thread_that_ends_gives_its_scratch_back():
+    backend, K, T = BACKENDS[ISAS[-1]], 512, 1024
+    weight = backend.matrix(np.ones((8, K), np.float16), "F16")
+    h, x = np.ones((T, K), np.float32), np.zeros((T, 8), np.float32)  # 2 MiB of panels
+
+    def run(threads):
+        for _ in range(threads):
+            thread = Thread(target=backend.linear_add, args=(h, weight, None, x.copy()))
+            thread.start()
+            thread.join()
+        return psutil.Process().memory_info().rss
+
+    before = run(3)
+    assert run(40) - before < 20 * 2**20
 
 
 @pytest.mark.parametrize("isa", ISAS)

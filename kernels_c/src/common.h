@@ -91,7 +91,8 @@ void pool_run(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
 /* The same for tasks that only stream memory, such as matrix-vector products. */
 void pool_stream(void (*task)(void *ctx, int64_t i), void *ctx, int64_t n);
 
-/* Scratch of the calling thread, 64-byte aligned, kept until the next request of the same slot; NULL if memory is out.
+/* Scratch of the calling thread, 64-byte aligned, kept until the next request of the same slot or the thread's end; NULL
+ * if memory is out.
  * SCRATCH_CALL and SCRATCH_ROWS are for what one call shares with its tasks, SCRATCH_TASK for what a task needs itself. */
 enum scratch_slot { SCRATCH_CALL, SCRATCH_ROWS, SCRATCH_TASK, SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t nbytes);

@@ -131,16 +131,38 @@ void pool_run(void (*task)(void *, int64_t), void *ctx, int64_t n) { run(task, c
 
 void pool_stream(void (*task)(void *, int64_t), void *ctx, int64_t n) { run(task, ctx, n, memory_threads); }
 
+typedef struct {
+    void *data[SCRATCH_SLOTS];
+    size_t size[SCRATCH_SLOTS];
+} owned_scratch;
+
+static pthread_key_t scratch_key;
+static bool frees_scratch; /* where the system has no key left, what an ended thread held stays */
+
+static void free_scratch(void *arg) {
+    owned_scratch *own = arg;
+    for (int slot = 0; slot < SCRATCH_SLOTS; slot++) free(own->data[slot]);
+    free(own);
+}
+
+static void make_scratch_key(void) { frees_scratch = pthread_key_create(&scratch_key, free_scratch) == 0; }
+
 void *scratch(enum scratch_slot slot, size_t nbytes) {
-    static _Thread_local struct { void *data; size_t size; } slots[SCRATCH_SLOTS];
-    nbytes = MAX(nbytes, 1); /* so that NULL always means that memory is out */
-    if (slots[slot].size < nbytes) {
-        free(slots[slot].data);
-        size_t size = (nbytes + 4095) / 4096 * 4096;
-        slots[slot].data = aligned_alloc(64, size);
-        slots[slot].size = slots[slot].data ? size : 0;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    static _Thread_local owned_scratch *own;
+    if (!own) {
+        if (!(own = calloc(1, sizeof *own))) return NULL;
+        pthread_once(&once, make_scratch_key);
+        if (frees_scratch) pthread_setspecific(scratch_key, own); /* when the thread ends: callers come and go */
     }
-    return slots[slot].data;
+    nbytes = MAX(nbytes, 1); /* so that NULL always means that memory is out */
+    if (own->size[slot] < nbytes) {
+        free(own->data[slot]);
+        size_t size = (nbytes + 4095) / 4096 * 4096;
+        own->data[slot] = aligned_alloc(64, size);
+        own->size[slot] = own->data[slot] ? size : 0;
+    }
+    return own->data[slot];
 }
 
 int cpu_isa(void) {
