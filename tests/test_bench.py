@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cocktail
-from bench import old_glibc, peer_llama, report
+from bench import agree, old_glibc, peer_llama, report
 from bench.prompts import KINDS, MAX_TOKENS, MIN_TOKENS, Prompt, build_prompts, build_text
 from bench.prompts_tasks import CLASSES, FACTS, NIAH_QUERY, RECORD, RECORDS, shared_words
 
@@ -141,6 +141,11 @@ def test_interval_redraws_clusters():
     assert low < values.mean() < high
     assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
     assert report.interval(5, lambda draws: np.full(len(draws), 2.0)) == (2, 2)
+
+
+def test_differences_between_logits():
+    found = agree.Difference.of(np.array([[1, 2], [3, 4]], np.float32), np.array([[1, 2], [0, 8]], np.float32))
+    assert (found.most, found.rms) == (4, 2.5)
 
 
 def test_names_with_commas_between_them():

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from runtime.backend import STATE_DRAWN, load_backend
 from runtime.checkpoint import Checkpoint
 from runtime.engine import read
+from runtime.errors import PromptError
 from runtime.model import Model
 from runtime.plan import FP16, DocumentShape, Plan, Tier
 from runtime.sampler import SamplingParams
@@ -149,6 +150,20 @@ def test_greedy_text_repeats_on_the_same_cache(case, backend):
     first = list(reading.generate(SamplingParams(), ANSWER, ()))
     assert len(first) == ANSWER
     assert list(reading.generate(SamplingParams(), ANSWER, ())) == first
+
+
+@pytest.mark.parametrize("case", ["mha"], indirect=True)
+def test_no_more_is_decoded_than_the_cache_has_room_for(case):
+    model = load(case[1], NumpyBackend())
+    ids = ids_for(model.config)
+    reading = read(model, ids[:PROMPT], [all_fp16(model.config, max_new=3)])
+    assert len(list(reading.generate(SamplingParams(), 3, ()))) == 3
+    with pytest.raises(PromptError, match="4 new tokens were asked for; the cache was sized for 3"):
+        next(reading.generate(SamplingParams(), 4, ()))
+    assert len(reading.force(ids[PROMPT : PROMPT + 4])) == 4  # the last one is predicted, not decoded
+    for answer in (ids[PROMPT : PROMPT + 5], []):
+        with pytest.raises(PromptError, match=f"has {len(answer)} ids; expected 1 to 4"):
+            reading.force(answer)
 
 
 def test_running_ahead_shows_nothing(case):
