@@ -229,14 +229,20 @@ def test_help_names_every_command(model, capsys):
         assert command.meaning in shown
 
 
-def test_errors_and_control_c_end_a_turn_and_not_the_loop(model, capsys):
+def exhausted(chat: Chat, _: str) -> None:
+    raise MemoryError
+
+
+def test_errors_and_control_c_end_a_turn_and_not_the_loop(model, monkeypatch, capsys):
     model.pieces = [PromptError("too\nlong")]
     chat = start(model)
-    assert converse(chat, feed(["Hello", KeyboardInterrupt(), "/nonsense", "/quit", "never"])) == 0
+    monkeypatch.setitem(COMMANDS, "stats", COMMANDS["stats"]._replace(run=exhausted))
+    assert converse(chat, feed(["Hello", KeyboardInterrupt(), "/nonsense", "/stats", "/quit", "never"])) == 0
     err = capsys.readouterr().err
     assert err.splitlines()[0] == "error: too long"
     assert "leaves" in err
     assert "error: there is no command /nonsense" in err
+    assert "error: out of memory: an allocation failed" in err
     assert [call for call, _, _ in model.calls] == ["generate"]
     assert chat.turns == []  # a failed turn leaves no trace
 

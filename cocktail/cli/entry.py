@@ -42,7 +42,7 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         print_error(error)
         return ERROR
     except MemoryError as error:  # from outside of what the runtime allocates itself
-        print_error(f"out of memory: {error or 'an allocation failed'}")
+        print_error(f"out of memory: {str(error) or 'an allocation failed'}")
         return ERROR
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

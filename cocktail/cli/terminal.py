@@ -45,6 +45,8 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
             print("(stopped before there was an answer)", file=sys.stderr)
         except CocktailError as error:
             print_error(error)
+        except MemoryError as error:  # from outside of what the runtime allocates itself
+            print_error(f"out of memory: {str(error) or 'an allocation failed'}")
 
 
 def line_editor(history: Path | None) -> Callable[[], str]:
