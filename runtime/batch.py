@@ -19,6 +19,7 @@ import numpy as np
 from runtime.arena import ArenaLayout
 from runtime.backend import STATE_SIZE, STATE_TOKEN
 from runtime.engine import Planned, Reading, read_in_steps
+from runtime.formats import PRE_ROPE
 from runtime.master import SharedMaster
 from runtime.model import Model, StepBuffers, decode_step, prefill_bytes
 from runtime.plan import Layout
@@ -37,7 +38,8 @@ class Decoder:
         """Bytes of one request: what it holds until it ends (arena, RoPE tables, logits), and what only its prefill
         holds. Both are known before the prefill."""
         config, tokens = self._model.config, layout.prompt_tokens + layout.max_new
-        rope, seen = 4 * config.head_dim * tokens, 4 * tokens + 12 * layout.max_new  # seen: with draws and uniforms
+        rope = 4 * config.head_dim * tokens * (2 if layout.formats in PRE_ROPE else 1)  # in an order of their own too
+        seen = 4 * tokens + 12 * layout.max_new  # with draws and uniforms
         row = 4 * (config.vocab_size + config.hidden_size + 2 * config.n_heads * config.head_dim
                    + config.intermediate_size)
         # Rows of the prefill's end, of a step by itself and of one in a batch; states and positions are below 1 KiB.
@@ -63,24 +65,25 @@ class Decoder:
         """The next id of each, or why it has none."""
         members = [answer for answer in answers if isinstance(answer, Member)]
         groups = [tuple(members[i : i + self.batch]) for i in range(0, len(members), self.batch)]
-        if [batch.members for batch in self._batches] != groups:
-            self._batches.clear()  # before others are made: they hold caches alive
-            self._batches = [Batch(self._model, group) for group in groups]
-        together = iter([drawn for batch in self._batches for drawn in self._step(batch)])
+        self._batches = [batch for batch in self._batches if batch.members in groups]
+        together = iter([drawn for group in groups for drawn in self._step(group)])
         return [next(together) if isinstance(answer, Member) else answer.step() for answer in answers]
 
     def forget(self) -> None:
         """Let go of the members of the last step."""
         self._batches.clear()
 
-    def _step(self, batch: Batch) -> list[int | Exception]:
+    def _step(self, group: tuple[Member, ...]) -> list[int | Exception]:
         """What goes wrong for all at once is tried again one by one, so that it ends only those that it concerns."""
         try:
+            batch = next((batch for batch in self._batches if batch.members == group), None)
+            if batch is None:
+                batch = Batch(self._model, group)
+                self._batches.append(batch)
             return batch.step()
         except Exception as error:
-            if len(batch.members) == 1:
-                return [error]
-            return [drawn for member in batch.members for drawn in self._step(Batch(self._model, [member]))]
+            self._batches.clear()
+            return [error] if len(group) == 1 else [drawn for member in group for drawn in self._step((member,))]
 
 
 class Member:

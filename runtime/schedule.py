@@ -247,7 +247,10 @@ class Schedule:
         running = [entry for entry in self._entries["running"] if not entry.cancelled]
         if not running:
             return
-        drawn = self._device.step([entry.answer for entry in running])
+        try:
+            drawn = self._device.step([entry.answer for entry in running])
+        except Exception as error:  # of none in particular
+            drawn = [error] * len(running)
         with self.changed:
             self._drawn.append((self._clock(), len(running), 1))
             self._drop_old(self._clock())

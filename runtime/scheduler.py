@@ -15,10 +15,10 @@ from runtime.schedule import Device, Schedule, SchedulerStats
 class Scheduler:
     """Requests wait until their bytes fit, are read between the steps of those that run, and decode together.
 
-    limit: bytes that all requests may hold at once (arenas, and what their prefills need; the weights not counted);
-    None for nine tenths of the memory that is free now. max_running: requests that are read or run at once. pause:
-    seconds for which running answers may be kept waiting while prompts are read; one prefill step, if that is longer.
-    ageing: seconds of waiting that a step of priority is worth.
+    limit: bytes that all requests may hold at once (arenas, and what their prefills need; not the weights, nor kept
+    documents); None for nine tenths of the memory that is free now. max_running: requests that are read or run at once.
+    pause: seconds for which running answers may be kept waiting while prompts are read; one prefill step, if that is
+    longer. ageing: seconds of waiting that a step of priority is worth.
 
     Requests are taken in order of arrival, higher priorities first; one that does not fit yet holds up those behind it.
     One failing request ends alone. Decoding together takes the CPU backend; on CUDA answers take turns, a step each.

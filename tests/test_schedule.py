@@ -364,6 +364,21 @@ def test_closed_it_takes_no_more_and_those_inside_end(cancel):
         assert (spec.entry.stream.error is not None) == cancel
 
 
+def test_a_step_that_fails_as_a_whole_ends_those_that_run():
+    schedule, device = make()
+    for spec in (Spec(steps=1, max_new=9), Spec(steps=1, max_new=9), Spec(tokens=30)):
+        submit(schedule, spec)
+    for _ in range(2):
+        schedule.turn()
+    step, device.step = device.step, lambda answers: 1 / 0
+    schedule.turn()
+    device.step = step
+    run_out(schedule)
+    ended = [spec.entry.stream.error for spec in device.specs.values()]
+    assert [type(error) for error in ended] == [ZeroDivisionError, ZeroDivisionError, type(None)]
+    assert (schedule.stats().bytes, device.in_use) == (0, 0)
+
+
 def test_a_thread_that_cannot_go_on_ends_everything_with_its_error():
     schedule, device = make()
     for spec in (Spec(), Spec(), Spec(pending=True)):

@@ -15,6 +15,7 @@ import tiny_model
 from numpy_backend import NumpyBackend
 
 import cocktail
+from kernels_c import cache_ops
 from runtime.batch import Decoder
 from runtime.checkpoint import Checkpoint
 from runtime.engine import PendingPlan, read
@@ -173,17 +174,18 @@ def test_a_draw_that_fails_ends_its_own_answer(model, monkeypatch):
     assert results == expected
 
 
-def test_a_step_that_fails_for_all_is_tried_one_by_one(model, monkeypatch):
-    """Memory that is short for a batch may do for one sequence."""
+@pytest.mark.parametrize("name", ["append", "bind_batch"])
+def test_a_step_that_fails_for_all_is_tried_one_by_one(model, monkeypatch, name):
+    """Memory that is short for a batch may do for one sequence, in the step as before it."""
     requests = [request_for(model, i) for i in range(5)]
-    append = model.backend.append
+    operation = getattr(model.backend, name)
 
-    def short(k, v, bound, state):
-        if len(state) > 1:
-            raise MemoryError("no scratch for so many")
-        append(k, v, bound, state)
+    def short(*arguments):
+        if len(arguments[-1]) > 1:  # a state, or bounds, for each
+            raise MemoryError("none for so many")
+        return operation(*arguments)
 
-    monkeypatch.setattr(model.backend, "append", short)
+    monkeypatch.setattr(model.backend, name, short)
     with Scheduler(model.engine) as scheduler:
         results = [outcome(ticket) for ticket in [scheduler.submit(request) for request in requests]]
     assert results == [alone(model, request) for request in requests]
@@ -271,10 +273,9 @@ def test_what_a_request_needs_is_what_it_allocates(model, monkeypatch):
         return call
 
     requests = [request_for(model, i) for i in range(12)]
-    for name in ("empty", "arena"):  # upload and visible allocate through the former's function: by themselves
+    for name in ("empty", "arena", "upload"):
         monkeypatch.setattr(model.backend, name, counted(getattr(model.backend, name)))
-    upload = model.backend.upload
-    monkeypatch.setattr(model.backend, "upload", counted(upload))
+    monkeypatch.setattr(cache_ops, "allocate", counted(cache_ops.allocate))  # RoPE's tables as decode reads them
     decoder = Decoder(model.engine)
     for request in requests:
         held, scratch = decoder.needs(request.plan.layout)
@@ -290,7 +291,7 @@ def test_what_a_request_needs_is_what_it_allocates(model, monkeypatch):
         read_peak, after = peak[0], live[0]
         decoder.step([member])
         stepping = live[0]
-        assert after <= stepping <= held < stepping + 4096
+        assert after <= stepping <= held < 1.05 * stepping + 4096
         assert held + scratch >= read_peak >= 0.9 * (held + scratch)
         decoder.forget()
         del member
