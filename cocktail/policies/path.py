@@ -39,13 +39,14 @@ class SpendingPath:
     def __init__(self, shape: DocumentShape, ranked: int, tiers: Sequence[Tier], losses: LayerLosses = ALIKE):
         self._ranked = ranked
         nbytes = np.array([_chunk_bytes(shape, tier) for tier in tiers], np.int64)
-        self._chains = [_chain(tiers, nbytes, losses.of(tiers, row)) for row in range(losses.layers)]
+        lost = [losses.of(tiers, row) for row in range(losses.layers)]
+        self._chains = [_chain(tiers, nbytes, row) for row in lost]
         self._begins = np.cumsum([0, *(len(chain) - 1 for chain in self._chains)])  # first boundary of each chain
         together = shape.n_layers // losses.layers
         steps = [(before, after) for chain in self._chains for before, after in pairwise(chain)]
         costs = np.array([nbytes[after] - nbytes[before] for before, after in steps], np.int64) * together
-        saves = np.array([rate for row in range(losses.layers)
-                          for rate in _rates(self._chains[row], nbytes, losses.of(tiers, row))])
+        saves = np.array([rate for chain, row in zip(self._chains, lost, strict=True)
+                          for rate in _rates(chain, nbytes, row)])
         weights = (np.arange(ranked) + 0.5) ** -STEEPNESS
         order = np.argsort(-(saves[:, None] * weights).ravel(), kind="stable")  # equal: as along the chain
         self._boundaries = order // max(ranked, 1)
