@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     search = p.add_argument_group("search")
     search.add_argument("--candidates", metavar="LIST", help="pairs to choose from, e.g. K2V2,K4V2,K4V4,K8V8 "
                         "(default: 13 of K2V2 to K8V8)")
+    search.add_argument("--profile", choices=("losses", "output"), default="losses",
+                        help="what fronts and clusters go by: what a layer alone does to the answer, or the error "
+                        "of its attention output, as in KVTuner's paper (default: losses)")
     search.add_argument("--trials", metavar="N", type=int, default=200,
                         help="combinations to measure in all (default: 200)")
     search.add_argument("--population", metavar="N", type=int, help="of a generation (default: 24)")
@@ -92,6 +95,7 @@ def _run(options: argparse.Namespace) -> None:
     from cocktail.summary import StageProgress
     from cocktail.tuning import report
     from cocktail.tuning.calibration import calibrate
+    from cocktail.tuning.profile import profile
     from cocktail.tuning.search import POPULATION, Search, front
     from cocktail.tuning.space import CANDIDATES, SIMILAR, build_space, pair_bits, parse_candidates
     from runtime.plan import Tier
@@ -104,7 +108,7 @@ def _run(options: argparse.Namespace) -> None:
     max_bits = options.max_bits or pair_bits(Tier.parse(RIVAL), options.chunk, config.head_dim)
     settings = {"model": identity, "prompts": sha256(repr(prompts).encode()).hexdigest()[:16],
                 "answer_tokens": options.answer_tokens, "chunk": options.chunk, "sink": options.sink,
-                "candidates": [str(tier) for tier in candidates], "similar": similar}
+                "candidates": [str(tier) for tier in candidates], "similar": similar, "profile": options.profile}
     study = Search(options.study or _beside(options.out, ".study"), settings, options.seed,
                    options.population or POPULATION)
 
@@ -112,7 +116,10 @@ def _run(options: argparse.Namespace) -> None:
     calibration = calibrate(model, prompts, chunk=options.chunk, answer_tokens=options.answer_tokens,
                             sink=options.sink, progress=progress.of("read"))
     losses = LayerLosses(*study.losses(config.n_layers, calibration.kl, progress.of("layers")), identity, options.out)
-    errors = np.sqrt([losses.of(candidates, layer) for layer in range(config.n_layers)])
+    if options.profile == "losses":
+        errors = np.sqrt([losses.of(candidates, layer) for layer in range(config.n_layers)])
+    else:
+        errors = study.profile(lambda: profile(calibration, candidates, progress.of("profile")))
     space = build_space(candidates, errors, options.chunk, config.head_dim, similar)
     print(f"{len(space.clusters)} clusters of {config.n_layers} layers, {space.size:,} combinations; "
           f"cap {max_bits:.3f} bits", file=sys.stderr)

@@ -20,8 +20,10 @@ from cocktail.model import Model
 from cocktail.policies import load_policy
 from cocktail.policies.pairs import LayerPairs
 from cocktail.tuning import calibration as calibration_module
+from cocktail.tuning import profile as tune_profile
 from cocktail.tuning import report
 from cocktail.tuning.calibration import Calibration, Prompt, calibrate, prompts_of_text, read_prompts
+from cocktail.tuning.profile import profile
 from cocktail.tuning.search import Found, Search, front
 from cocktail.tuning.space import CANDIDATES, Space, build_space, pair_bits, pareto, parse_candidates
 from cocktail.verify import log_softmax
@@ -67,19 +69,35 @@ def test_what_was_calibrated_on_is_described(calibration: Calibration) -> None:
         "answer_tokens": sum(len(sample.answer) - 1 for sample in calibration.samples)}
 
 
-def test_the_cost_is_the_oracles(path: Path, model: Model, calibration: Calibration, monkeypatch) -> None:
-    """The same answers through attention in float64 over decoded values, a token at a time."""
+def oracles(path: Path, model: Model, calibration: Calibration) -> Calibration:
+    """The same answers through attention in float64 over decoded values."""
     with Checkpoint.open(path) as checkpoint:
         engine = Engine(checkpoint.config, load_weights(checkpoint, NumpyBackend()), NumpyBackend())
     prompts = [replace(prompt, answer=model.tokenizer.decode(sample.answer, skip_special=False))
                for prompt, sample in zip(PROMPTS, calibration.samples, strict=True)]
+    oracle = calibrate(Model(engine, model.tokenizer, model.template), prompts, answer_tokens=8)
+    assert [sample.answer for sample in oracle.samples] == [sample.answer for sample in calibration.samples]
+    return oracle
+
+
+def test_the_cost_is_the_oracles(path: Path, model: Model, calibration: Calibration, monkeypatch) -> None:
+    """A token at a time."""
     tried = ([Tier(2, 16), FP16], [FP16, Tier(16, 3)], [Tier(4, 2), Tier(2, 4)])
     found = [calibration.kl(pairs) for pairs in tried]
     assert min(found) > 1e-6 and abs(calibration.kl([FP16, FP16])) < 1e-7
     monkeypatch.setattr(calibration_module, "force", lambda reading, answer, cache: reading.force(answer, cache))
-    oracle = calibrate(Model(engine, model.tokenizer, model.template), prompts, answer_tokens=8)
-    assert [sample.answer for sample in oracle.samples] == [sample.answer for sample in calibration.samples]
+    oracle = oracles(path, model, calibration)
     assert found == pytest.approx([oracle.kl(pairs) for pairs in tried], rel=0.05, abs=1e-6)
+
+
+def test_errors_of_attention_outputs_are_the_oracles(path: Path, model: Model, calibration: Calibration) -> None:
+    """FP16 costs nothing, bits never hurt much."""
+    candidates = (*TIERS, FP16)
+    errors = profile(calibration, candidates)
+    assert errors.shape == (2, 5)
+    np.testing.assert_allclose(errors, profile(oracles(path, model, calibration), candidates), rtol=0.02, atol=1e-6)
+    assert (errors[:, -1] == 0).all() and (errors[:, :-1] > 0).all()
+    assert (errors[:, 0] > 3 * errors[:, 3]).all()
 
 
 # Fronts and clusters.
@@ -231,6 +249,12 @@ def test_what_layers_lose_is_measured_once(tmp_path: Path) -> None:
                         ] + [pairs for bits in (2, 3, 4) for pairs in ((Tier(16, bits), FP16), (FP16, Tier(16, bits)))]
 
 
+def test_a_profile_is_measured_once(tmp_path: Path) -> None:
+    errors = np.array([[0.5, 0.25], [0.125, 1 / 3]])
+    np.testing.assert_array_equal(Search(tmp_path / "a.study", {}).profile(lambda: errors), errors)
+    np.testing.assert_array_equal(Search(tmp_path / "a.study", {}).profile(lambda: pytest.fail("again")), errors)
+
+
 def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:
     Search(tmp_path / "a.study", {"model": "a", "chunk": 32})
     with pytest.raises(TuneError, match=r"another search \(chunk was 32, is 64\)"):
@@ -306,10 +330,11 @@ SMALL = ("--count", "2", "--tokens", "200", "--answer-tokens", "6", "--candidate
          "--population", "4", "--backend", "cpu", "--threads", "1")
 
 
-def test_a_search_writes_pairs_that_the_policies_read(path, tmp_path, model, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("by", ["losses", "output"])
+def test_a_search_writes_pairs_that_the_policies_read(by, path, tmp_path, model, monkeypatch, capsys) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "pairs.json"
     text.write_text(HANDBOOK, encoding="utf-8")
-    command = [str(path), "--text", str(text), "--out", str(out), *SMALL, "--max-bits", "10"]
+    command = [str(path), "--text", str(text), "--out", str(out), *SMALL, "--max-bits", "10", "--profile", by]
     assert tune.main([*command, "--trials", "6"]) == 0
     shown = capsys.readouterr().out
     data = json.loads(out.read_text())
@@ -327,6 +352,7 @@ def test_a_search_writes_pairs_that_the_policies_read(path, tmp_path, model, mon
 
     # Again: nothing is measured anew, and another choice is written.
     monkeypatch.setattr(Calibration, "kl", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(tune_profile, "profile", lambda *_: pytest.fail("profiled again"))
     assert tune.main([*command, "--trials", "6", "--choose", str(data["pareto"][0]["bits"] + 1e-6)]) == 0
     assert json.loads(out.read_text())["pairs"] == data["pareto"][0]["pairs"]
     capsys.readouterr()

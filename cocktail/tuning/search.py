@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from cocktail.tuning.space import Space, pareto
 from runtime.errors import TuneError
 from runtime.plan import FP16, Tier
@@ -88,6 +91,15 @@ class Search:
         for side in (k, v):
             side[8] = tuple(loss / FINER for loss in side[4])
         return k, v
+
+    def profile(self, measure: Callable[[], npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """What `measure` gives, errors (L, candidates); measured once."""
+        recorded = self._study.user_attrs.get("profile")
+        if recorded is not None:
+            return np.array(recorded, np.float64)
+        errors = measure()
+        self._study.set_user_attr("profile", errors.tolist())
+        return errors
 
     def even(self, space: Space, measure: Callable[[Sequence[Tier]], float],
              progress: Callable[[int, int], None] | None = None) -> list[Found]:

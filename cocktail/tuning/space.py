@@ -21,8 +21,8 @@ SIMILAR = 1.5  # neighbours in a cluster differ by at most this factor in the er
 
 @dataclass(frozen=True)
 class Space:
-    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), the root of what each layer
-    loses at each pair.
+    """candidates: all pairs, and bits, what each takes per value. errors: (L, candidates), whose squares add up over
+    the layers: the root of what a layer loses at a pair, or the error of its attention output.
 
     clusters: the layers of each. choices: the pairs on each cluster's front, fewest bits first.
     """
@@ -77,7 +77,7 @@ class Space:
 
 def build_space(candidates: Sequence[Tier], errors: npt.NDArray[np.float64], chunk: int, head_dim: int,
                 similar: float = SIMILAR) -> Space:
-    """Fronts and clusters by each layer's errors (L, candidates): the roots of losses, which add up over the layers.
+    """Fronts and clusters by each layer's errors (L, candidates), see Space.
 
     Layers with the same front are clustered by DBSCAN on the logarithms of their errors, at most log(similar) apart in
     each; a layer unlike all others is a cluster of its own.
