@@ -24,6 +24,7 @@ from cocktail.model import Model
 from cocktail.policies.pairs import fingerprint
 from cocktail.tuning import calibration as calibration_module
 from cocktail.tuning.calibration import Prompt, calibrate
+from cocktail.tuning.profile import profile
 from runtime.checkpoint import Checkpoint
 from runtime.engine import read
 from runtime.layerwise import LayerwisePlan
@@ -65,15 +66,16 @@ def test_attention_over_chunks_in_place(head_dim, group, kv_heads, n_chunks, win
     np.testing.assert_array_equal(attended(CUDA, case, plan.without_reordering()), placed)
 
 
-def test_cost_equals_the_oracles(models, monkeypatch):
-    """Along the answer a token at a time, and in one pass."""
-    found, in_one_pass = [], calibration_module.force
+def test_profile_and_cost_equal_the_oracles(models, monkeypatch):
+    """The cost along the answer a token at a time, and in one pass."""
+    tiers, found, in_one_pass = [Tier(2, 2), Tier(4, 4)], [], calibration_module.force
     for model, force in zip(models, (lambda reading, answer, cache: reading.force(answer, cache), in_one_pass),
                             strict=True):
         monkeypatch.setattr(calibration_module, "force", force)
         calibration = calibrate(model, [Prompt(TEXT, "When?", "It leaves at nine, every day.")], answer_tokens=8)
-        found.append((calibration.kl([Tier(2, 2), Tier(4, 4)]), fingerprint(model.engine)))
-    (kl, mark), (cuda_kl, cuda_mark) = found
+        found.append((profile(calibration, tiers), calibration.kl(tiers), fingerprint(model.engine)))
+    (errors, kl, mark), (cuda_errors, cuda_kl, cuda_mark) = found
+    np.testing.assert_allclose(cuda_errors, errors, rtol=0.05, atol=1e-3)
     assert cuda_kl == pytest.approx(kl, rel=0.1, abs=1e-4)
     assert cuda_mark == mark
 
