@@ -22,13 +22,6 @@ QUESTION = "Who mended the cracked iron pan?"
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "doc.txt").write_text(TEXT, encoding="utf-8")
-    return save_tiny_model(folder)
-
-
-@pytest.fixture(scope="module")
 def model(path):
     return outline(path, "cpu", 1)
 
@@ -95,8 +88,9 @@ def test_a_missing_model_is_named(tmp_path):
 
 
 @pytest.fixture
-def line(path, monkeypatch):
-    monkeypatch.chdir(path.parent)
+def line(path, tmp_path, monkeypatch):
+    (tmp_path / "doc.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     return [str(path), "--context", "doc.txt", "--query", QUESTION, "--backend", "cpu", "--threads", "1", "--dry-run"]
 
 

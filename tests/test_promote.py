@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from tiny_model import HANDBOOK, save_tiny_model
+from tiny_model import HANDBOOK
 
 import cocktail
 from cocktail import run
@@ -15,13 +15,6 @@ from runtime.errors import PlanError
 
 TEXT = HANDBOOK[:5000]
 QUESTION = "Who mended the cracked iron pan?"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "doc.txt").write_text(TEXT, encoding="utf-8")
-    return save_tiny_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +62,10 @@ def test_what_has_nothing_to_raise_is_refused(doc):
         promote(doc, QUESTION, kl=0, tiers="K3V2,K4V4", max_tokens=6)
 
 
-def test_the_command_line_prints_the_last_answer_alone(path, doc, monkeypatch, capsys):
-    monkeypatch.chdir(path.parent)
-    line = [str(path), "--context", "doc.txt", "--query", QUESTION, "--max-tokens", "9", "--backend", "cpu",
-            "--threads", "1", "--verify", "promote"]
+def test_the_command_line_prints_the_last_answer_alone(path, doc, tmp_path, capsys):
+    (tmp_path / "doc.txt").write_text(TEXT, encoding="utf-8")
+    line = [str(path), "--context", str(tmp_path / "doc.txt"), "--query", QUESTION, "--max-tokens", "9",
+            "--backend", "cpu", "--threads", "1", "--verify", "promote"]
     found = promote(doc, QUESTION, kl=1e-4, max_tokens=9)
     assert len(found.steps) > 1
     assert run.main([*line, "--verify-kl", "0.0001", "--stats", "json"]) == 0
