@@ -9,6 +9,7 @@ from shutil import disk_usage
 
 from cocktail.policies import load_policy
 from cocktail.summary import size
+from runtime import model
 from runtime.arena import ArenaLayout
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
@@ -70,13 +71,8 @@ def cache_bytes(config: ModelConfig, context_tokens: int) -> dict[str, int]:
 
 
 def prefill_bytes(config: ModelConfig, prompt_tokens: int, max_new: int = MAX_NEW) -> int:
-    """What reading a prompt takes besides weights and cache: the hidden states of all tokens, K and V of one layer, and
-    the buffers of one tile (runtime.model.prefill)."""
-    n, E, D = prompt_tokens, config.hidden_size, config.head_dim
-    rows = min(n, TILE + TILE // 8)
-    tables = 4 * (n + max_new) * D
-    return (4 * n * E + 4 * n * config.n_kv_heads * D + tables
-            + 4 * rows * (2 * config.n_heads * D + config.intermediate_size))
+    """What reading a prompt takes besides weights and cache: what a prefill allocates, and RoPE's tables."""
+    return model.prefill_bytes(config, prompt_tokens, TILE) + 4 * config.head_dim * (prompt_tokens + max_new)
 
 
 def step_bytes(checkpoint: Checkpoint) -> int:
