@@ -44,12 +44,33 @@ INLINE u32 mul_half2(u32 a, u32 b) {
     return r;
 }
 
+INLINE u32 negative_half2(u32 a) {
+    u32 r;
+    asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(a));
+    return r;
+}
+
+INLINE u32 min_half2(u32 a, u32 b) {
+    u32 r;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+INLINE u32 max_half2(u32 a, u32 b) {
+    u32 r;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 /* A register with any content: no instruction fills it. */
 INLINE u32 any_register() {
     u32 r;
     asm volatile("" : "=r"(r));
     return r;
 }
+
+/* Keeps the compiler from working out anything of x earlier than here, to hold it in registers all the while. */
+INLINE void forget_origin(u32 &x) { asm volatile("" : "+r"(x)); }
 
 /* The transpose of an 8x8 matrix of halves; lane l holds row l / 4, columns 2 * (l % 4) + {0, 1}. */
 INLINE u32 transpose(u32 a) {

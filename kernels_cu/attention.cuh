@@ -1,6 +1,7 @@
 /* What all of decode attention shares: its sizes, what is read (Segment), what is kept (Running), the query. */
 #include "common.cuh"
 #include "asm.cuh"
+#include "families.cuh"
 #include "formats.cuh"
 #include "rotation.cuh"
 
@@ -25,15 +26,26 @@ struct Segment {
     i32 sequence;                                  /* whose state */
     i32 head;                                      /* KV head: of all sequences' */
     i32 n;                                         /* chunks, or slots */
-    i32 part, parts;                               /* of a tail: which of how many blocks share it, row by row */
+    i32 part, parts;                               /* which of how many blocks share it; negative: a flushed span */
     i32 result;                                    /* where the partial result goes after this segment, or -1 */
     i32 next;                                      /* the block's next segment, or -1 */
+#if FAMILY == KVQUANT
+    const u8 *v_shared; /* what V's chunks store once for all heads */
+#endif
+};
+
+/* Of one sequence and layer: runtime.backend.FormatData, Tail.head, and how many KV heads there are. */
+struct SequenceData {
+    const float *cos, *sin, *k_levels, *v_levels, *k_centre, *k_half;
+    i64 head, kv_heads;
 };
 
 /* What is visible of a segment. */
 struct Source : Segment {
     i32 tokens; /* of an FP16 stream */
     i32 oldest; /* first visible position */
+    i32 hidden, hidden_end; /* rows of a tail that were flushed */
+    const SequenceData *data;
 };
 
 /* A running softmax over what one warp has seen. This lane's share: of scores and sums, heads 8 * n + 2 * t + {0, 1}. */
@@ -67,6 +79,9 @@ struct Query {
 };
 
 __shared__ Query query;
+#if TURNED
+__shared__ __align__(16) float query_rows[GROUP][D + 8]; /* in the same unit; the gap keeps heads apart in the banks */
+#endif
 __shared__ float warp_maximum[WARPS][TILES * 8], warp_sums[WARPS][TILES * 8];
 
 INLINE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
@@ -81,14 +96,22 @@ INLINE float inverse_power(float x) { return __int_as_float((254 << 23) - __floa
 
 INLINE float bf16_to_float(u32 bits) { return __uint_as_float(bits << 16); }
 
+/* threadIdx.x; where registers are short nothing that follows from it is worked out long before. */
+INLINE u32 this_thread() {
+    u32 x = threadIdx.x;
+    if (FAMILY == KVQUANT) forget_origin(x);
+    return x;
+}
+
 /* Heads of q (GROUP, D) to operand B; rotated for quantized K. One warp per head; a lane holds neighbouring channels. */
 INLINE void prepare_query(const float *q, bool rotated) {
     constexpr int N = LANE_CHANNELS;
-    const i32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 thread = this_thread();
+    const i32 warp = thread / WARP, lane = thread % WARP;
     wait_for_predecessor(); /* which wrote q */
     __syncthreads();        /* nobody reads the query before this any more */
-    if (threadIdx.x >= GROUP && threadIdx.x < TILES * 8) query.unit[threadIdx.x] = query.total[threadIdx.x] = 0;
-    for (i32 i = threadIdx.x; GROUP % 8 && i < D / 16 * 8 * 4; i += THREADS) /* columns without a head */
+    if (thread >= GROUP && thread < TILES * 8) query.unit[thread] = query.total[thread] = 0;
+    for (i32 i = thread; GROUP % 8 && i < D / 16 * 8 * 4; i += THREADS) /* columns without a head */
         if (i % 32 / 4 >= GROUP % 8) query.fragments[i / 32][TILES - 1][i % 32] = make_uint2(0, 0);
     for (i32 head = warp; head < GROUP; head += WARPS) {
         float x[N], largest = 0, total = 0;
@@ -107,6 +130,11 @@ INLINE void prepare_query(const float *q, bool rotated) {
             total += half_to_float((u16)pair) + half_to_float((u16)(pair >> 16));
             if (d < D) ((u32 *)&query.fragments[d / 16][head / 8][head % 8 * 4 + d / 2 % 4])[d / 8 % 2] = pair;
         }
+#if TURNED
+#pragma unroll
+        for (i32 i = 0; i < N; i++)
+            if (lane * N + i < D) query_rows[head][lane * N + i] = x[i] * power_of_two(-exponent);
+#endif
         total = warp_sum(total);
         if (lane == 0) query.unit[head] = power_of_two(exponent), query.total[head] = total;
     }

@@ -1,5 +1,6 @@
-/* One block of T tokens in a slot: scores, running softmax, values. s[r][n][h] is the score of token 8 * r + g under
- * head 8 * n + 2 * t + h, where lane = 4 * g + t. */
+/* One block of T tokens in a slot: scores, running softmax, values; here what the families of formats share, each one's
+ * own in its header (FAMILY). s[r][n][h] is the score of token 8 * r + g under head 8 * n + 2 * t + h, where
+ * lane = 4 * g + t. */
 #include "attention_queue.cuh"
 
 /* A lane's N words: vectors of four, two and one, lanes side by side. */
@@ -21,59 +22,6 @@ template <int N> INLINE void load_words(u32 (&w)[N > 0 ? N : 1], const u8 *from,
 template <class C> INLINE u32 pair_at(const u32 *w, const u8 *codes, int pair, i32 lane) {
     return pair < C::IN_UNITS ? C::extract(w + pair / C::UNIT * C::UNIT_WORDS, pair % C::UNIT)
                               : C::extract_rest(codes, pair - C::IN_UNITS, lane);
-}
-
-/* Quantized K; meta: its chunk's scales, zeros and bases. */
-template <int BITS, int T>
-INLINE void block_scores(float (&s)[T / 8][TILES][LANE_HEADS], const u8 *slot, const u8 *meta, i32 lane) {
-    typedef Codes<true, BITS, T> C;
-    constexpr int R = T / 8;
-    const i32 t = lane % 4;
-    float c[(R + 1) / 2][TILES][4] = {}, zeros[TILES][4];
-    u32 words[C::WORDS > 0 ? C::WORDS : 1];
-    load_words<C::WORDS>(words, slot, lane);
-#pragma unroll
-    for (i32 n = 0; n < TILES; n++) /* zeros are stored plus 128 */
-        zeros[n][0] = query.total[8 * n + 2 * t] * (-128 / SUBNORMAL_UNIT),
-        zeros[n][1] = query.total[8 * n + 2 * t + 1] * (-128 / SUBNORMAL_UNIT),
-        zeros[n][2] = zeros[n][3] = __uint_as_float(any_register()); /* rows 8 to 15 are not read */
-#pragma unroll
-    for (i32 step = 0; step < D / 16; step++) {
-        const u32 scales = ((const u32 *)meta)[8 * step + 2 * t], offsets = ((const u32 *)meta)[8 * step + 2 * t + 1];
-        u32 scale[2], zero[4];
-#pragma unroll
-        for (i32 i = 0; i < 2; i++) { /* bytes to halves: 0x6400 + s is 1024 + s */
-            const u32 fold = 0x3c003c00 - C::bit(2 * step + i) * 0x04000400; /* 2^-bit */
-            const u32 minus_1024 = 0xe400e400 - C::bit(2 * step + i) * 0x04000400;
-            scale[i] = fma_half2(__byte_perm(scales, 0x64646464, i ? 0x4342 : 0x4140), fold, minus_1024);
-            zero[2 * i] = __byte_perm(offsets, 0, i ? 0x4342 : 0x4140), zero[2 * i + 1] = any_register();
-        }
-        u32 a[(R + 1) / 2][4];
-#pragma unroll
-        for (i32 r = 0; r < (R + 1) / 2 * 2; r++)
-#pragma unroll
-            for (i32 i = 0; i < 2; i++)
-                a[r / 2][r % 2 + 2 * i] = r < R ? pair_at<C>(words, slot, C::pair(2 * step + i, r), lane) : 0;
-#pragma unroll
-        for (i32 n = 0; n < TILES; n++) {
-            const uint2 b = query.fragments[step][n][lane];
-            const u32 b0 = mul_half2(b.x, scale[0]), b1 = mul_half2(b.y, scale[1]);
-            mma_half(zeros[n], zero, b.x, b.y);
-#pragma unroll
-            for (i32 m = 0; m < (R + 1) / 2; m++) mma_half(c[m][n], a[m], b0, b1);
-        }
-    }
-    const u32 bases = *(const u32 *)(meta + 2 * D);
-    const float scale_step = __uint_as_float(bases << 16) * (SUBNORMAL_UNIT / 255);
-    const float zero_step = __uint_as_float(bases & 0xffff0000) * (SUBNORMAL_UNIT / 127);
-#pragma unroll
-    for (i32 n = 0; n < TILES; n++)
-#pragma unroll
-        for (i32 h = 0; h < LANE_HEADS; h++) {
-            const float unit = query.unit[8 * n + 2 * t + h], zero = zeros[n][h] * (zero_step * unit);
-#pragma unroll
-            for (i32 r = 0; r < R; r++) s[r][n][h] = c[r / 2][n][r % 2 * 2 + h] * (scale_step * unit) + zero;
-        }
 }
 
 /* Where a lane points ldmatrix to, so that it loads 16 x 16 of operand A: 8 rows further down and 8 channels further
@@ -135,31 +83,16 @@ INLINE void raise(Running &x, float (&top)[TILES][LANE_HEADS], float scale) {
                 x.maximum[n][h] = maximum;
             }
             x.sum[n][h] *= factor;
-            x.centre[n][h] *= factor * v_factor;
+            x.centre[n][h] *= FAMILY == KIVI ? factor : factor * v_factor;
 #pragma unroll
             for (i32 m = 0; m < D / 16; m++)
                 x.out[m][n][h] *= factor * v_factor, x.out[m][n][h + 2] *= factor * v_factor;
         }
 }
 
-/* Scores to probabilities p (operand B of V: token octet r, head tile n), times V's scales where V has some. */
-template <int V_BITS, int T>
-INLINE void block_softmax(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], u32 (&p)[(T / 8 + 1) / 2 * 2][TILES],
-                          const u8 *v_meta, i32 lane) {
-    constexpr int R = T / 8;
-    float scale[R], largest = 0, top[TILES][LANE_HEADS];
-    if (V_BITS < 16) {
-        u16 stored[R];
-        if (R == 4) {
-            const uint2 four = ((const uint2 *)v_meta)[lane / 4];
-            stored[0] = (u16)four.x, stored[R - 3] = (u16)(four.x >> 16);
-            stored[R - 2] = (u16)four.y, stored[R - 1] = (u16)(four.y >> 16);
-        } else
-#pragma unroll
-            for (i32 r = 0; r < R; r++) stored[r] = ((const u16 *)v_meta)[lane / 4 * R + r];
-#pragma unroll
-        for (i32 r = 0; r < R; r++) scale[r] = bf16_to_float(stored[r]), largest = fmaxf(largest, scale[r]);
-    }
+/* Raise what must be above these scores and V's scales, of which this lane's largest is `largest`. */
+template <int T> INLINE void raise_to(Running &x, const float (&s)[T / 8][TILES][LANE_HEADS], float largest) {
+    float top[TILES][LANE_HEADS];
     bool higher = largest > x.v_top;
 #pragma unroll
     for (i32 n = 0; n < TILES; n++)
@@ -167,10 +100,42 @@ INLINE void block_softmax(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], u32 
         for (i32 h = 0; h < LANE_HEADS; h++) {
             top[n][h] = s[0][n][h];
 #pragma unroll
-            for (i32 r = 1; r < R; r++) top[n][h] = fmaxf(top[n][h], s[r][n][h]);
+            for (i32 r = 1; r < T / 8; r++) top[n][h] = fmaxf(top[n][h], s[r][n][h]);
             higher |= top[n][h] > x.maximum[n][h];
         }
     if (__any_sync(FULL, higher)) raise(x, top, largest);
+}
+
+/* The i-th N halves from `from` on, which is a multiple of 16. */
+template <int N> INLINE void load_halves(u16 (&h)[N], const u8 *from, i32 i) {
+    if (N % 4 == 0)
+#pragma unroll
+        for (i32 k = 0; k < N / 4; k++) {
+            const uint2 four = ((const uint2 *)from)[i * (N / 4) + k];
+            h[4 * k] = (u16)four.x, h[4 * k + 1] = (u16)(four.x >> 16);
+            h[4 * k + 2] = (u16)four.y, h[4 * k + 3] = (u16)(four.y >> 16);
+        }
+    else
+#pragma unroll
+        for (i32 k = 0; k < N; k++) h[k] = ((const u16 *)from)[i * N + k];
+}
+
+/* Scores to probabilities p (operand B of V: token octet r, head tile n), times V's scales where V has one per token. */
+template <int V_BITS, int T>
+INLINE void block_softmax(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], u32 (&p)[(T / 8 + 1) / 2 * 2][TILES],
+                          const u8 *v_meta, i32 lane) {
+    constexpr int R = T / 8;
+    float scale[R], largest = 0;
+    if (V_BITS < 16) {
+        u16 stored[R];
+        load_halves(stored, v_meta, lane / 4);
+#pragma unroll
+        for (i32 r = 0; r < R; r++) {
+            scale[r] = FAMILY == ROTATED ? bf16_to_float(stored[r]) : half_to_float(stored[r]);
+            largest = fmaxf(largest, scale[r]);
+        }
+    }
+    raise_to<T>(x, s, largest);
     if (V_BITS < 16) {
         const float inverse = inverse_power(x.v_top);
 #pragma unroll
@@ -195,15 +160,21 @@ INLINE void block_softmax(Running &x, float (&s)[T / 8][TILES][LANE_HEADS], u32 
         for (i32 n = 0; n < TILES; n++) p[R][n] = 0;
 }
 
+/* V with a scale per token. zeros: each token's, halves in order, or NULL where a code's centre is the same for all. */
 template <int BITS, int T>
-INLINE void block_values(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], const u8 *slot, i32 lane) {
+INLINE void block_values(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TILES], const u8 *slot, const u8 *zeros,
+                         i32 lane) {
     typedef Codes<false, BITS, T> C;
     constexpr int R = T / 8;
     u32 words[C::WORDS > 0 ? C::WORDS : 1];
     load_words<C::WORDS>(words, slot, lane);
 #pragma unroll
     for (i32 k = 0; k < (R + 1) / 2; k++) {
-        const u32 first = 0x00010001u << C::bit(2 * k), second = 2 * k + 1 < R ? 0x00010001u << C::bit(2 * k + 1) : 0;
+        u32 first = 0x00010001u << C::bit(2 * k), second = 2 * k + 1 < R ? 0x00010001u << C::bit(2 * k + 1) : 0;
+        if (zeros) {
+            first = mul_half2(((const u32 *)zeros)[8 * k + lane % 4], first);
+            if (2 * k + 1 < R) second = mul_half2(((const u32 *)zeros)[8 * k + 4 + lane % 4], second);
+        }
         const u32 ones[4] = {first, first, second, second};
 #pragma unroll
         for (i32 n = 0; n < TILES; n++) mma_half(x.centre[n], ones, p[2 * k][n], p[2 * k + 1][n]);
@@ -240,5 +211,18 @@ INLINE void block_values_half(Running &x, const u32 (&p)[(T / 8 + 1) / 2 * 2][TI
 #pragma unroll
             for (i32 n = 0; n < TILES; n++) mma_half(x.out[m][n], a, p[2 * k][n], p[2 * k + 1][n]);
         }
+    }
+}
+
+/* At the end of a segment: out -= centre * x.centre, which begins anew. */
+INLINE void subtract_centre(Running &x, float centre) {
+#pragma unroll
+    for (i32 n = 0; n < TILES; n++) {
+#pragma unroll
+        for (i32 m = 0; m < D / 16; m++)
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) x.out[m][n][i] -= centre * x.centre[n][i % 2];
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) x.centre[n][i] = 0;
     }
 }

@@ -61,6 +61,7 @@ class CudaBackend(CacheOps):
 
     name = "cuda"
     asynchronous = True
+    turns_by_place = True  # R(p + j) = R(p) R(j): the query by the chunk's first position, keys by their place
     max_batch = 1  # there is no append here: sequences take turns
     prefill_rows = 1  # cuBLAS promises nothing of the kind
     prefill_tile = 2048  # 4096 gains 1 to 2% on a 7B model and takes 0.26 GiB more of activations

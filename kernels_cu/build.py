@@ -184,7 +184,7 @@ def _load(spec: Spec, device: int, dynamic_shared: int) -> Kernel:
     shared = function.shared_size_bytes + dynamic_shared
     if shared > limit:
         raise KernelError(f"{spec} needs {shared:,} bytes of shared memory; this GPU gives a block {limit:,}")
-    if dynamic_shared > 48 * 1024:
+    if shared > 48 * 1024:
         # All there is: CuPy loads a cubin once, so that this may be the function of a launch that needs more.
         function.max_dynamic_shared_size_bytes = limit - function.shared_size_bytes
     waits = "wait_for_predecessor();" in _text(spec.source)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels_cu.arrays import F16, F32, I32, U8, Array, address, allocate, wide_address
+from kernels_cu.arrays import F16, F32, I32, NULL, U8, Array, address, allocate, wide_address
 from kernels_cu.attention import HEAD_DIMS
 from kernels_cu.build import Spec, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
-from kernels_cu.layout import BLOCK_TOKENS, WIDTHS, codes_bytes
+from kernels_cu.layout import BLOCK_TOKENS, TURNED, WIDTHS, codes_bytes, meta_bytes
 from kernels_cu.work import Span, Tail, Work, divide, join
 
 MAX_GROUP = 16
@@ -27,6 +27,9 @@ THREADS = 32 * WARPS
 MERGE_THREADS = 512
 STATE_SIZE = 8  # int32 of one sequence's state, as runtime.backend has it: position, slot, ...
 RING = 13056  # bytes of a warp's queue of copies: four blocks on a multiprocessor of 227 KiB
+MAX_GROUP_TURNED = 4  # at head_dim 256, where RoPE is applied when K is read
+RING_TURNED = 8704  # where RoPE's tables need shared memory too
+TABLES = ("cos", "sin", "k_levels", "v_levels", "k_centre", "k_half")  # of runtime.backend.FormatData
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class Bound:
     merge: Spec
     shared: int
     formats: frozenset[tuple[int, int]]
+    family: str
     chunk: int
     arenas: tuple[Array, ...]  # kept alive; one per sequence
+    data: tuple[tuple[Any, int], ...]  # of each sequence its FormatData, kept alive, and its tail's head, -1: no flush
+    tables: Array | None  # SequenceData of attention.cuh, of each sequence
     work: Work
     segments: Array
     results: Array
@@ -64,24 +70,44 @@ class CacheOps:
     def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int,
              positions: npt.NDArray[np.int32] | None = None, data: Any = None) -> None:  # fmt: skip
         (G, S, D), n = k.shape, span.n
-        _check_formats("pack", [span], positions, data)
-        _check_shape(D, chunk, (span.k_bits, span.v_bits))
+        _check_shape(D, chunk, (span.k_bits, span.v_bits), span.formats)
         if starts.shape != (n,) or (n and not 0 <= starts.min() <= starts.max() <= S - chunk):
             raise KernelError(f"pack: the span takes {n} chunks of {chunk} of the rows 0..{S - 1}, but the starts are "
                               f"{starts.shape}, from {starts.min(initial=S)} to {starts.max(initial=0)}")  # fmt: skip
+        if positions is not None and positions.shape != (n,):
+            raise KernelError(f"pack: {n} chunks need as many positions, not {positions.shape}")
         if not n:
             return
         base = wide_address("arena", arena, arena.shape, U8)
         stored = _ints(arena, span.positions, n)
-        stored.set(np.ascontiguousarray(starts, np.int32))
+        stored.set(np.ascontiguousarray(starts if positions is None else positions, np.int32))
+        rows = stored if positions is None else _upload(np.ascontiguousarray(starts, np.int32))
         sides = (("k", k, span.k_bits, span.k_codes, span.k_codes_stride, span.k_meta, span.k_meta_stride),
                  ("v", v, span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride))
         for name, x, bits, codes, codes_stride, meta, meta_stride in sides:
-            spec, shared = pack_spec(name == "k", bits, chunk, D)
+            spec, shared = pack_spec(name == "k", bits, chunk, D, span.formats)
+            extra: tuple[np.uint64, ...] = ()
+            if spec.source != "pack.cu":
+                cos, sin = _rope_tables(data, D) if span.formats in TURNED else (NULL, NULL)
+                extra = (np.uint64(stored.data.ptr), cos, sin)
+            if spec.source == "pack_kvquant.cu":
+                levels, *channels = _levels(data, name, bits, G, D)
+                limits = self._ranges(x, rows, base + np.uint64(span.v_shared), n, chunk) if name == "v" else None
+                extra += (levels, *channels, NULL if limits is None else np.uint64(limits.data.ptr))
             kernel(spec, shared)((n, G), (128,), (
-                wide_address(name, x, (G, S, D), F16), np.int64(S), np.uint64(stored.data.ptr),
+                wide_address(name, x, (G, S, D), F16), np.int64(S), np.uint64(rows.data.ptr), *extra,
                 base + np.uint64(codes), np.int64(codes_stride), base + np.uint64(meta),
                 np.int64(meta_stride)), shared_mem=shared)  # fmt: skip
+
+    def _ranges(self, v: Array, rows: Array, shared: np.uint64, n: int, chunk: int) -> Array:
+        """kvquant's smallest and largest values of each token that are no outliers (n, chunk, 2), and stores of them
+        what attention needs at `shared`."""
+        G, S, D = v.shape
+        limits = _allocate((n * chunk * 2,), F32)
+        kernel(ranges_spec(G, chunk, D))((n, chunk), (128,), (
+            wide_address("v", v, (G, S, D), F16), np.int64(S), np.int32(G), np.uint64(rows.data.ptr),
+            np.uint64(limits.data.ptr), shared))  # fmt: skip
+        return limits
 
     def copy_tail(self, k: Array, v: Array, rows: npt.NDArray[np.int32], arena: Array, tail: Tail, slot: int) -> None:
         (G, S, D), m = k.shape, len(rows)
@@ -100,17 +126,28 @@ class CacheOps:
 
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None, flushed: Span | None = None, data: Any = None) -> Bound:  # fmt: skip
-        _check_formats("bind", spans, flushed, data)
         if heads % kv_heads or heads // kv_heads > MAX_GROUP:
             raise KernelError(f"decode attention on the GPU takes 1 to {MAX_GROUP} query heads per KV head, but there "
                               f"are {heads} over {kv_heads}; use --backend cpu")  # fmt: skip
-        formats = frozenset((span.k_bits, span.v_bits) for span in spans if span.n)
+        stored = [span for span in (*spans, flushed) if span is not None and span.n]
+        family = _one_family([span.formats for span in stored if min(span.k_bits, span.v_bits) < 16])
+        formats = frozenset((span.k_bits, span.v_bits) for span in stored)
         for pair in formats or {(16, 16)}:
-            _check_shape(head_dim, chunk, pair)
-        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None)
+            _check_shape(head_dim, chunk, pair, family)
+        if family in TURNED:
+            _rope_tables(data, head_dim)
+            if head_dim > 128 and heads // kv_heads > MAX_GROUP_TURNED:
+                raise KernelError(f"{family} formats turn the query in shared memory, which has room for "
+                                  f"{MAX_GROUP_TURNED} query heads of {head_dim} channels per KV head, not for "
+                                  f"{heads // kv_heads}; use --backend cpu")  # fmt: skip
+        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None, family,
+                                      flushed is not None)
         work = divide(int(wide_address("arena", arena, arena.shape, U8)), spans, tail, kv_heads, head_dim, chunk,
-                      _blocks_at_once(spec, shared, current_device()))  # fmt: skip
-        return self._bound((arena,), work, formats, chunk, window, heads, kv_heads, head_dim)
+                      _blocks_at_once(spec, shared, current_device()), family, flushed)  # fmt: skip
+        if family == "kvquant":
+            _levels(data, "k", 2, kv_heads, head_dim), _levels(data, "v", 2, kv_heads, head_dim)
+        return self._bound((arena,), work, formats, family, ((data, tail.head if flushed else -1),), chunk, window,
+                           heads, kv_heads, head_dim)  # fmt: skip
 
     def bind_batch(self, bounds: Sequence[Bound]) -> Bound:
         """One layer of several sequences, each bound before, as one launch: row b of q, state and out is the b-th's.
@@ -122,20 +159,24 @@ class CacheOps:
             raise KernelError(f"bind_batch takes sequences of one model and chunk size, each bound alone, but got "
                               f"{len(bounds)} of chunk, window, heads, KV heads, head_dim {list(shapes)}")  # fmt: skip
         formats = frozenset[tuple[int, int]]().union(*(bound.formats for bound in bounds))
+        family = _one_family([bound.family for bound in bounds if bound.formats - {(16, 16)}])
         return self._bound(tuple(bound.arenas[0] for bound in bounds), join([bound.work for bound in bounds]), formats,
-                           *shapes.pop())  # fmt: skip
+                           family, tuple(bound.data[0] for bound in bounds), *shapes.pop())  # fmt: skip
 
-    def _bound(self, arenas: tuple[Array, ...], work: Work, formats: frozenset[tuple[int, int]], chunk: int,
-               window: int | None, heads: int, kv_heads: int, head_dim: int) -> Bound:  # fmt: skip
-        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None)
+    def _bound(self, arenas: tuple[Array, ...], work: Work, formats: frozenset[tuple[int, int]], family: str,
+               data: tuple[tuple[Any, int], ...], chunk: int, window: int | None, heads: int, kv_heads: int,
+               head_dim: int) -> Bound:  # fmt: skip
+        flush = any(head >= 0 for _, head in data)
+        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None, family, flush)
         rows = work.n_results * (heads // kv_heads)
         if self._partial is None or self._partial.size < rows * head_dim:
             self._partial = _allocate((rows * head_dim,), F32)
         if self._softmax is None or self._softmax.size < 2 * rows:
             self._softmax = _allocate((2 * rows,), F32)
-        return Bound(spec, merge_spec(head_dim), shared, formats, chunk, arenas, work, _upload(work.segments),
-                     _upload(work.results), self._partial, self._softmax, window, heads, kv_heads,
-                     head_dim)  # fmt: skip
+        tables = _upload(_sequence_data(data, kv_heads)) if flush or family in TURNED else None
+        return Bound(spec, merge_spec(head_dim), shared, formats, family, chunk, arenas, data, tables, work,
+                     _upload(work.segments), _upload(work.results), self._partial, self._softmax, window, heads,
+                     kv_heads, head_dim)  # fmt: skip
 
     def decode_attention(self, q: Array, bound: Bound, state: Array, out: Array) -> None:
         B, H, D = len(bound.arenas), bound.heads, bound.head_dim
@@ -143,34 +184,43 @@ class CacheOps:
         kernel(bound.attend, bound.shared)((bound.work.blocks,), (THREADS,), (
             address("q", q, (B, H, D), F32), np.uint64(bound.segments.data.ptr),
             address("state", state, (STATE_SIZE,) if B == 1 and state.ndim == 1 else (B, STATE_SIZE), I32),
-            np.int32(bound.window or 0), partial, softmax), shared_mem=bound.shared)  # fmt: skip
+            np.int32(bound.window or 0), partial, softmax,
+            np.uint64(0 if bound.tables is None else bound.tables.data.ptr)), shared_mem=bound.shared)  # fmt: skip
         kernel(bound.merge)((H, B), (MERGE_THREADS,), (
             partial, softmax, np.uint64(bound.results.data.ptr), np.int32(H // bound.kv_heads),
             address("out", out, (B, H * D), F32)))  # fmt: skip
 
 
-def _check_formats(operation: str, spans: Sequence[Span], *extra: Any) -> None:
-    formats = {getattr(span, "formats", "rotated") for span in spans} - {"rotated"}
-    if formats or any(argument is not None for argument in extra):
-        raise KernelError(f"{operation}: the GPU's kernels take rotated formats and a tail that is never packed, but "
-                          f"these are {', '.join(formats) or 'rotated with more'}; leave --formats and flush out")
-
-
-def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int) -> tuple[Spec, int]:
+def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int, family: str = "rotated") -> tuple[Spec, int]:
     """The kernel that packs one width, and its bytes of dynamic shared memory."""
-    spec = Spec.of("pack.cu", "pack", D=head_dim, CHUNK=chunk, PACKS_K=int(is_k), WIDTH=bits)
-    return spec, 0 if bits == 16 else 4 * chunk * (head_dim + 8) + 8 * head_dim + chunk * head_dim
+    macros = {"D": head_dim, "CHUNK": chunk, "PACKS_K": int(is_k), "WIDTH": bits}
+    if bits == 16:
+        return Spec.of("pack.cu", "pack", **macros), 0
+    if family == "rotated":
+        return Spec.of("pack.cu", "pack", **macros), 4 * chunk * (head_dim + 8) + 8 * head_dim + chunk * head_dim
+    source = "pack_kvquant.cu" if family == "kvquant" else "pack_tokens.cu"
+    spec = Spec.of(source, "pack", FAMILY=family.upper(), **macros)
+    return spec, 4 * chunk * (head_dim + 8) + chunk * head_dim
 
 
-def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tuple[int, int]],
-                   windowed: bool) -> tuple[Spec, int]:  # fmt: skip
+def ranges_spec(kv_heads: int, chunk: int, head_dim: int) -> Spec:
+    """The kernel that finds kvquant's ranges of V."""
+    return Spec.of("pack_kvquant.cu", "ranges", D=head_dim, CHUNK=chunk, FAMILY="KVQUANT", PACKS_K=0, WIDTH=2,
+                   TOKEN_VALUES=1 << (-(-kv_heads * head_dim // 128) - 1).bit_length())  # fmt: skip
+
+
+def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tuple[int, int]], windowed: bool,
+                   family: str = "rotated", flush: bool = False) -> tuple[Spec, int]:  # fmt: skip
     """The kernel for these (K bits, V bits), and its bytes of dynamic shared memory: a queue per warp."""
     coded = sorted(formats - {(16, 16)})
-    ring = max([RING, *(2 * _slot_bytes(k, v, chunk, head_dim) for k, v in [*coded, (16, 16)])])
+    ring = max([RING_TURNED if family in TURNED else RING,
+                *(_room(k, v, chunk, head_dim, family) for k, v in [*coded, (16, 16)])])
     two_sizes = chunk > BLOCK_TOKENS and chunk % BLOCK_TOKENS  # of blocks, which is code for both
     blocks = 2 if head_dim > 128 or (head_dim > 64 and group > 8) else 3 if group > 8 or two_sizes else 4  # registers
+    if family == "kvquant":
+        blocks = min(blocks, 2 if head_dim > 96 and group > 1 else 3)
     return Spec.of("decode_attention.cu", "decode_attention", D=head_dim, GROUP=group, CHUNK=chunk,
-                   WINDOWED=int(windowed), RING=ring, BLOCKS=blocks,
+                   WINDOWED=int(windowed), RING=ring, BLOCKS=blocks, FAMILY=family.upper(), FLUSH=int(flush),
                    FORMATS="".join(f"F({k},{v})" for k, v in coded)), WARPS * ring  # fmt: skip
 
 
@@ -187,20 +237,65 @@ def _blocks_at_once(spec: Spec, shared: int, device: int) -> int:
     return int(per_processor * cuda.runtime.getDeviceProperties(device)["multiProcessorCount"])
 
 
-def _slot_bytes(k_bits: int, v_bits: int, chunk: int, head_dim: int) -> int:
-    """Blocks::SLOT of decode_attention.cu."""
-    tokens = 16 if k_bits == v_bits == 16 else min(chunk, BLOCK_TOKENS)
-    rows = tokens * (2 * head_dim + 16)
-    k = rows if k_bits == 16 else codes_bytes(True, k_bits, tokens, head_dim) + 2 * head_dim + 16
-    v = rows if v_bits == 16 else codes_bytes(False, v_bits, tokens, head_dim) + 2 * tokens
-    return max(k, v)
+def _room(k_bits: int, v_bits: int, chunk: int, head_dim: int, family: str) -> int:
+    """Two slots of attention_segment.cuh's Blocks; kvquant needs 16 rows of decoded values beside them."""
+    row = 2 * head_dim + 16
+    if k_bits == v_bits == 16:
+        return 2 * 16 * row
+    tokens = min(chunk, BLOCK_TOKENS)
+    whole = family == "kvquant"  # a chunk's sparse store is its blocks'
+    meta_of = [meta_bytes(is_k, chunk if whole else tokens, head_dim, family) for is_k in (True, False)]
+    k_meta, v_meta = (nbytes + {0: 0, 8: 8, 4: 12, 12: 20}[nbytes % 16] for nbytes in meta_of)
+    k = v = tokens * row
+    if k_bits < 16:
+        k = codes_bytes(True, k_bits, tokens, head_dim) + k_meta + (4 * head_dim if family in TURNED else 0)
+    if v_bits < 16:
+        v = codes_bytes(False, v_bits, tokens, head_dim) + v_meta + (4 * tokens if whole else 0)
+    return 2 * max(k, v) + (16 * row if whole else 0)
 
 
-def _check_shape(head_dim: int, chunk: int, widths: tuple[int, int]) -> None:
-    if head_dim not in HEAD_DIMS or chunk % 8 or not 8 <= chunk <= MAX_CHUNK or not set(widths) <= set(WIDTHS):
+def _check_shape(head_dim: int, chunk: int, widths: tuple[int, int], family: str) -> None:
+    if family not in WIDTHS:
+        raise KernelError(f"the GPU has no kernels for the {family} formats, but for {', '.join(WIDTHS)}; "
+                          "use --backend cpu")  # fmt: skip
+    if family == "kvquant" and head_dim > 128:
+        raise KernelError(f"kvquant formats at head_dim {head_dim} need more registers than a GPU's thread has; "
+                          "use --backend cpu")  # fmt: skip
+    if head_dim not in HEAD_DIMS or chunk % 8 or not 8 <= chunk <= MAX_CHUNK or not set(widths) <= set(WIDTHS[family]):
         raise KernelError(f"the GPU's cache takes head_dim {', '.join(map(str, HEAD_DIMS))}, chunks of 8, 16, .. "
-                          f"{MAX_CHUNK} tokens and {', '.join(map(str, WIDTHS))} bits, but got head_dim {head_dim}, "
-                          f"chunks of {chunk} and K{widths[0]}V{widths[1]}")  # fmt: skip
+                          f"{MAX_CHUNK} tokens and, of {family} formats, {', '.join(map(str, WIDTHS[family]))} bits, "
+                          f"but got head_dim {head_dim}, chunks of {chunk} and K{widths[0]}V{widths[1]}")  # fmt: skip
+
+
+def _one_family(families: Sequence[str]) -> str:
+    if len(set(families)) > 1:
+        raise KernelError(f"decode attention reads formats of one family, but these are of {sorted(set(families))}")
+    return families[0] if families else "rotated"
+
+
+def _rope_tables(data: Any, head_dim: int) -> tuple[np.uint64, np.uint64]:
+    """Addresses of the cosines and sines; their rows are copied 16 bytes at a time."""
+    if data is None or data.cos is None or data.sin is None:
+        raise KernelError("these formats keep K as it was before RoPE and need its tables (FormatData.cos and sin)")
+    shape = (len(data.cos), head_dim // 2)
+    return wide_address("cos", data.cos, shape, F32), wide_address("sin", data.sin, shape, F32)
+
+
+def _levels(data: Any, side: str, bits: int, kv_heads: int, head_dim: int) -> tuple[np.uint64, ...]:
+    """Addresses of one width's levels, and K's centres and half ranges."""
+    if data is None or any(getattr(data, name) is None for name in TABLES[2:]):
+        raise KernelError("kvquant formats need a calibration (FormatData.k_levels, v_levels, k_centre and k_half)")
+    shape = (kv_heads, head_dim)
+    levels = address(f"{side}_levels", getattr(data, f"{side}_levels"), (28,), F32)
+    return (levels + np.uint64(4 * (2**bits - 4)), wide_address("k_centre", data.k_centre, shape, F32),
+            wide_address("k_half", data.k_half, shape, F32))  # fmt: skip
+
+
+def _sequence_data(data: Sequence[tuple[Any, int]], kv_heads: int) -> npt.NDArray[np.int64]:
+    """SequenceData of attention.cuh, (B, 8)."""
+    arrays = [[getattr(each, name, None) for name in TABLES] for each, _ in data]
+    return np.array([[*(0 if array is None else array.data.ptr for array in row), max(head, 0), kv_heads]
+                     for row, (_, head) in zip(arrays, data, strict=True)], np.int64)  # fmt: skip
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -1,25 +1,19 @@
 /* Packing: one chunk of one KV head per block, FP16 K or V to codes and metadata. The bits are those of
- * runtime/formats.py: every floating-point operation below happens there in the same order, one rounding each, which is
- * what add, sub and mul are for (an expression may become a fused multiply-add). Where they lie: formats.cuh.
+ * runtime/formats/rotated.py: every floating-point operation below happens there in the same order, one rounding each. Where they lie:
+ * formats.cuh.
  *
  * Macros: D head_dim, CHUNK tokens, PACKS_K, WIDTH (2, 3, 4, 8; 16 copies). */
 #include "common.cuh"
 #include "formats.cuh"
+#include "pack.cuh"
 
-#define THREADS 128
 #define WARPS (THREADS / WARP)
 #define ROTATION (D & -D)
-#define STRIDE (D + 8) /* floats of a row in shared memory: eight columns of four rows fall into different banks */
-#define TOP ((1 << WIDTH) - 1)
 #define HELD (CHUNK <= 32 ? CHUNK : 1)     /* tokens of a channel that a thread has room for */
 #define UNROLL (CHUNK <= 32 ? CHUNK : 8)
 #define LANES 8 /* of a warp, for each token of V */
 
-INLINE float add(float a, float b) { return __fadd_rn(a, b); }
-INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
-INLINE float mul(float a, float b) { return __fmul_rn(a, b); }
 INLINE float inverse_or_zero(float x) { return x > 0 ? __fdiv_rn(1.f, x) : 0.f; }
-INLINE float clip(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
 /* The bits of the least BF16 not below x >= 0. */
 INLINE u32 bf16_up(float x) { return (__float_as_uint(x) + 0xffff) >> 16; }
@@ -227,45 +221,6 @@ INLINE void encode_v(const float *y, u8 *codes, u8 *meta) {
     }
 }
 
-/* --- codes to words --------------------------------------------------------------------------------------------------- */
-/* Side e of a lane's pair; codes (T, D). */
-template <class C> INLINE u32 code_at(const u8 *codes, i32 pair, i32 lane, i32 e) {
-    const i32 g = lane / 4, t = lane % 4, octet = C::octet_of(pair), r = C::r_of(pair);
-    return PACKS_K ? codes[(8 * r + g) * D + 8 * octet + 2 * t + e]
-                   : codes[(8 * r + 2 * t + e) * D + 8 * octet + g];
-}
-
-template <int T> INLINE void store_block(const u8 *codes, u32 *out) {
-    typedef Codes<PACKS_K, WIDTH, T> C;
-    constexpr i32 W = C::WORDS, VECTORS = W / 4 * 4 * WARP, TWO = W % 4 / 2 * 2 * WARP;
-    for (i32 i = threadIdx.x; i < C::BYTES / 4; i += THREADS) {
-        u32 word = 0;
-        if (i < W * WARP) { /* word w of a lane */
-            i32 lane, w;
-            if (i < VECTORS)
-                lane = i % 128 / 4, w = i / 128 * 4 + i % 4;
-            else if (i < VECTORS + TWO)
-                lane = (i - VECTORS) / 2, w = W / 4 * 4 + i % 2;
-            else
-                lane = (i - VECTORS - TWO), w = W - 1;
-            const i32 part = w % C::UNIT_WORDS, first = w / C::UNIT_WORDS * C::UNIT;
-            constexpr i32 FIELDS = 16 / WIDTH;
-            for (i32 e = 0; e < 2; e++) {
-                for (i32 s = 0; s < FIELDS; s++)
-                    word |= code_at<C>(codes, first + part * FIELDS + s, lane, e) << (s * WIDTH + 16 * e);
-                if (WIDTH == 3) word |= (code_at<C>(codes, first + 15, lane, e) >> part & 1) << (15 + 16 * e);
-            }
-        } else if (i < W * WARP + C::REST * 2 * WIDTH) { /* bits of one pair of several lanes */
-            const i32 row = (i - W * WARP) / (2 * WIDTH), first = (i - W * WARP) % (2 * WIDTH) * 32;
-            for (i32 b = 0; b < 32; b++) {
-                const i32 lane = (first + b) / (2 * WIDTH), at = (first + b) % (2 * WIDTH);
-                word |= (code_at<C>(codes, C::IN_UNITS + row, lane, at / WIDTH) >> at % WIDTH & 1) << b;
-            }
-        }
-        out[i] = word;
-    }
-}
-
 /* grid (chunks, KV heads). x (G, S, D) FP16; chunk i begins at row starts[i]; codes and meta are those of KV head 0. */
 KERNEL __launch_bounds__(THREADS)
     pack(const u16 *x, i64 S, const i32 *starts, u8 *codes, i64 codes_stride, u8 *meta, i64 meta_stride) {
@@ -287,13 +242,6 @@ KERNEL __launch_bounds__(THREADS)
     else
         encode_v(y, bytes, meta + chunk * 2 * CHUNK);
     __syncthreads();
-    constexpr i32 FULL_T = CHUNK < BLOCK_TOKENS ? CHUNK : BLOCK_TOKENS, REST_T = CHUNK % FULL_T;
-    constexpr i32 BLOCK_BYTES = Codes<PACKS_K, WIDTH, FULL_T>::BYTES;
-    constexpr i32 REST_BYTES = Codes<PACKS_K, WIDTH, REST_T ? REST_T : 8>::BYTES;
-    codes += chunk * (CHUNK / FULL_T * BLOCK_BYTES + (REST_T ? REST_BYTES : 0));
-    for (i32 b = 0; b < CHUNK / FULL_T; b++)
-        store_block<FULL_T>(bytes + b * FULL_T * D, (u32 *)(codes + b * BLOCK_BYTES));
-    if constexpr (REST_T != 0)
-        store_block<REST_T>(bytes + CHUNK / FULL_T * FULL_T * D, (u32 *)(codes + CHUNK / FULL_T * BLOCK_BYTES));
+    store_codes(bytes, codes, chunk);
 #endif
 }

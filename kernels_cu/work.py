@@ -3,7 +3,7 @@
 The chunks of each KV head, those with quantized V first, form one sequence of bytes that is cut into parts, one per
 block. As many blocks as the GPU runs at once get a large part each; what is left is cut into small ones, which the GPU
 hands to whichever processor is free first: processors do not progress equally, and the slowest one sets the time. The
-tail, whose length grows, has blocks of its own.
+tail, whose length grows, has blocks of its own, and so has what it gives up while it grows (Layout.flush).
 
 The cuts depend on the sequence and the kind of GPU alone: not on what else runs, nor on who shares a batch (`join`
 only puts parts of several sequences into one list). A part has a partial result of its own and the merge adds them in
@@ -25,6 +25,7 @@ from kernels_cu.layout import chunk_bytes
 POINTERS = ("k_codes", "k_meta", "v_codes", "v_meta", "positions")
 NUMBERS = ("format", "sequence", "head", "n", "part", "parts", "result", "next")
 SEGMENT = np.dtype([(name, np.uint64) for name in POINTERS] + [(name, np.int32) for name in NUMBERS])
+SEGMENT_SHARED = np.dtype([*SEGMENT.descr, ("v_shared", np.uint64)])  # of kvquant: what V stores once for all heads
 TAIL = 0  # as a segment's format; others are 100 * K bits + V bits
 MIN_PART = 48 * 1024  # bytes; shorter parts cost more to begin and to merge than they save
 LARGE = 0.8  # of all bytes: what the parts that begin at once take
@@ -48,23 +49,29 @@ class Work:
     n_results: int
 
 
-def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int) -> Work:
+def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int,
+           family: str = "rotated", flushed: Span | None = None) -> Work:  # fmt: skip
     """The work of a layer whose arena begins at address `base`, for a GPU that runs `blocks` blocks at once."""
     spans = sorted((span for span in spans if span.n), key=lambda span: span.v_bits == 16)
+    spans += [flushed] if flushed else []
     shape = tuple((span.n, span.k_bits, span.v_bits) for span in spans)
-    work, source, first = _divide(shape, tail.capacity, kv_heads, head_dim, chunk, blocks)
+    work, source, first = _divide(shape, flushed is not None, tail.capacity, kv_heads, head_dim, chunk, blocks, family)
     row = 2 * head_dim * tail.capacity
     places = {"k_codes": [(span.k_codes, span.k_codes_stride) for span in spans] + [(tail.k, row)],
               "k_meta": [(span.k_meta, span.k_meta_stride) for span in spans] + [(0, 0)],
               "v_codes": [(span.v_codes, span.v_codes_stride) for span in spans] + [(tail.v, row)],
               "v_meta": [(span.v_meta, span.v_meta_stride) for span in spans] + [(0, 0)],
               "positions": [(span.positions, 0) for span in spans] + [(tail.positions, 0)]}  # fmt: skip
-    sizes = np.array([[*chunk_bytes(True, k_bits, chunk, head_dim), *chunk_bytes(False, v_bits, chunk, head_dim), 4]
+    sizes = np.array([[*chunk_bytes(True, k_bits, chunk, head_dim, family),
+                       *chunk_bytes(False, v_bits, chunk, head_dim, family), 4]
                       for _, k_bits, v_bits in shape] + [[0] * 5])  # fmt: skip
     segments = work.segments.copy()
     for name, size in zip(POINTERS, sizes.T, strict=True):
         start, stride = np.array(places[name], np.int64).T
         segments[name] = base + start[source] + segments["head"] * stride[source] + first * size[source]
+    if family == "kvquant":
+        start = np.array([span.v_shared for span in spans] + [0], np.int64)
+        segments["v_shared"] = base + start[source] + first * 4 * chunk
     return replace(work, segments=segments)
 
 
@@ -91,22 +98,28 @@ def join(works: Sequence[Work]) -> Work:
 
 
 @lru_cache(maxsize=64)
-def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: int, head_dim: int, chunk: int,
-            blocks: int) -> tuple[Work, Ints, Ints]:  # fmt: skip
-    """What layers of one shape share. spans: chunks, K bits, V bits. The work without its pointers, and each segment's
-    span (-1: the tail) and first chunk."""
-    costs = [sum(chunk_bytes(True, k, chunk, head_dim)) + sum(chunk_bytes(False, v, chunk, head_dim))
+def _divide(spans: tuple[tuple[int, int, int], ...], flushed: bool, capacity: int, kv_heads: int, head_dim: int,
+            chunk: int, blocks: int, family: str) -> tuple[Work, Ints, Ints]:  # fmt: skip
+    """What layers of one shape share. spans: chunks, K bits, V bits; flushed: the last one fills while the tail grows.
+    The work without its pointers, and each segment's span (-1: the tail) and first chunk."""
+    costs = [sum(chunk_bytes(True, k, chunk, head_dim, family)) + sum(chunk_bytes(False, v, chunk, head_dim, family))
              for _, k, v in spans]  # fmt: skip
-    total = sum(n * cost for (n, _, _), cost in zip(spans, costs, strict=True))  # bytes of one KV head
+    n_fixed = len(spans) - flushed
+    total = sum(n * cost for (n, _, _), cost in zip(spans[:n_fixed], costs, strict=False))  # bytes of one KV head
     tail_bytes = 4 * head_dim * capacity
     tail_parts = min(max(1, round(tail_bytes / (total + tail_bytes) * blocks / kv_heads)), -(-capacity // 64))
     even = all(k == v == 16 for _, k, v in spans)  # then all wait for memory alone, and small parts cost 1%
-    ends, large = _cuts(total, max(1, blocks // kv_heads - tail_parts), even)
 
     one_head: list[tuple[int, ...]] = [(part - tail_parts, -1, 0, TAIL, capacity, part, tail_parts)
                                        for part in range(tail_parts)]  # fmt: skip
+    growing = tail_parts
+    for (n, k_bits, v_bits), cost in zip(spans[n_fixed:], costs[n_fixed:], strict=True):  # shared as a tail is
+        parts = min(max(1, round(n * cost / (total + n * cost) * blocks / kv_heads)), -(-n // 4))
+        growing += parts
+        one_head[:0] = [(part - growing, n_fixed, 0, 100 * k_bits + v_bits, n, part, -parts) for part in range(parts)]
+    ends, large = _cuts(total, max(1, blocks // kv_heads - growing), even)
     done = 0
-    for i, ((n, k_bits, v_bits), cost) in enumerate(zip(spans, costs, strict=True)):
+    for i, ((n, k_bits, v_bits), cost) in enumerate(zip(spans[:n_fixed], costs, strict=False)):
         part_of = np.searchsorted(ends, done + (2 * np.arange(n) + 1) * cost / 2)  # by the middles of the chunks
         done += n * cost
         for part, first, count in zip(*np.unique(part_of, return_index=True, return_counts=True), strict=True):
@@ -115,7 +128,7 @@ def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: in
     head = np.repeat(np.arange(kv_heads), len(one_head))
     order = np.argsort(columns[0] >= large, kind="stable")  # all large parts before the small ones
     columns, head = columns[:, order], head[order]
-    table = np.zeros(len(order), SEGMENT)
+    table = np.zeros(len(order), SEGMENT_SHARED if family == "kvquant" else SEGMENT)
     for name, column in zip(("format", "n", "part", "parts"), columns[3:], strict=True):
         table[name] = column
     table["head"], table["result"], table["next"] = head, -1, -1
@@ -123,6 +136,8 @@ def _divide(spans: tuple[tuple[int, int, int], ...], capacity: int, kv_heads: in
     which, source, first_chunk = columns[:3]
     begins = np.append(True, (which[1:] != which[:-1]) | (head[1:] != head[:-1]))
     results, n_results = _place_results(table, np.cumsum(begins), kv_heads)
+    if family != "rotated":
+        results[:, 1] = 0
     place = np.where(begins, np.cumsum(begins) - 1, begins.sum() + np.cumsum(~begins) - 1)  # first segments go first
     table["next"][:-1] = np.where(begins[1:], -1, place[1:])
     old = np.argsort(place)

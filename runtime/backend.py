@@ -114,6 +114,7 @@ class Backend(Protocol):
     prefill_tile: int  # tokens of one prefill step: large enough to keep the device busy
     prefill_rows: int  # in steps of so many and more, what a row gets does not depend on how many there are
     asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
+    turns_by_place: bool  # formats that store K before RoPE need one set of frequencies for all positions of a chunk
     max_batch: int  # sequences of one decode step, each bit for bit as it is alone; 1: they take turns
 
     def kernels(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ class NumpyBackend:
     prefill_tile: int = 512
     prefill_rows: int = 1
     asynchronous: bool = False
+    turns_by_place: bool = False
     max_batch: int = 16
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 

@@ -1,27 +1,24 @@
 """The CUDA kernels of the cache: packing bit for bit against runtime.formats, decode attention against float64.
 
 Two references, two budgets: what a format loses is in the decoded values that the reference attends to; what the
-kernel loses on top must stay within what FP16 operands cost (tolerance below). Needs a GPU; COCKTAIL_EXAMPLES sets how
+kernel loses on top must stay within what FP16 operands cost (cuda_sequence.py). Needs a GPU; COCKTAIL_EXAMPLES sets how
 many examples each property tries, COCKTAIL_LARGE=0 leaves out long sequences (for compute-sanitizer).
 """
 
 import os
-from functools import cache
 
 import numpy as np
 import pytest
-from cuda_kernels import CHUNKS, CODED, WIDTHS, configurations
+from cuda_kernels import BASELINES, CHUNKS, CODED, WIDTHS, configurations
+from cuda_sequence import POISON, Sequence, attend, make_backend
 from hypothesis import strategies as st
 from strategies import LONG, count, seeds, spread
 
 from kernels_cu import layout as cuda_layout
 from runtime import formats
-from runtime.arena import ArenaLayout
-from runtime.backend import STATE_POSITION, STATE_SIZE, STATE_SLOT
-from runtime.plan import DocumentShape, Tier
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-POISON = 0xA5
+FAMILIES = ("rotated", *BASELINES)
 EXAMPLES = int(os.environ.get("COCKTAIL_EXAMPLES", "64"))
 LARGE = os.environ.get("COCKTAIL_LARGE", "1") != "0"
 pytestmark = pytest.mark.usefixtures("gpu", "compiled")
@@ -31,142 +28,6 @@ pytestmark = pytest.mark.usefixtures("gpu", "compiled")
 def gpu():
     """Before anything is compiled: skips where there is no GPU."""
     return make_backend()
-
-
-@cache
-def make_backend():
-    """The CUDA backend; the tests are skipped where there is none."""
-    pytest.importorskip("cupy", reason="CuPy is not installed, so CUDA kernels cannot run")
-    from kernels_cu.backend import CudaBackend
-    from kernels_cu.errors import KernelError
-
-    try:
-        return CudaBackend()
-    except KernelError as error:
-        pytest.skip(f"no GPU to run CUDA kernels on: {error}")
-
-
-def values(rng, shape, spread):
-    """FP16 values as keys have them: some channels large, some offset; spread 0 gives constants, 2 extremes."""
-    if spread == 0:
-        return np.full(shape, rng.choice([0.0, 1.0, -3.25, 6e-8, 1e4]), np.float16)
-    scale, offset = np.exp(rng.standard_normal(shape[-1]) * spread), rng.standard_normal(shape[-1]) * spread
-    x = rng.standard_normal(shape) * scale + offset
-    if spread == 2:
-        x *= 10.0 ** rng.uniform(-5, 3)
-        x[rng.random(shape) < 0.01] *= 50
-    return np.clip(x, -65504, 65504).astype(np.float16)
-
-
-class Sequence:
-    """One layer's cache with random K and V; the arena is poisoned before anything is written."""
-
-    def __init__(self, seed, tiers, counts, chunk, head_dim, kv_heads=1, prefix=0, suffix=1, max_new=2, window=None,
-                 spread=1):
-        rng = np.random.default_rng(seed)
-        shape = DocumentShape(n_layers=1, n_kv_heads=kv_heads, head_dim=head_dim, chunk=chunk, n_chunks=sum(counts),
-                              prefix=prefix, remainder=0, suffix=suffix, max_new=max_new, window=window)
-        self.layout = shape.layout([Tier(*tier) for tier in tiers], counts)
-        sizes = ArenaLayout(self.layout)
-        self.spans, self.tail = [span for span in sizes.spans(0) if span.n], sizes.tail(0)
-        self.tokens = self.layout.prompt_tokens
-        self.k, self.v = (values(rng, (kv_heads, self.tokens + 3, head_dim), spread) for _ in "kv")
-        order = rng.permutation(sum(counts))
-        self.starts, at = [], 0
-        for span in self.spans:
-            self.starts.append((prefix + chunk * order[at : at + span.n]).astype(np.int32))
-            at += span.n
-        self.rng, self.gpu = rng, make_backend()
-        self.arena = self.gpu.upload(np.full(sizes.nbytes, POISON, np.uint8))
-
-    def pack(self):
-        """Fill the GPU's arena; returns the number of visible tail slots."""
-        k, v = self.gpu.upload(self.k), self.gpu.upload(self.v)
-        for span, starts in zip(self.spans, self.starts, strict=True):
-            self.gpu.pack(k, v, self.arena, span, starts, self.layout.chunk)
-        context_end = self.layout.start(self.layout.n_chunks)
-        rows = np.r_[: self.layout.prefix, context_end : self.tokens].astype(np.int32)
-        self.gpu.copy_tail(k, v, rows, self.arena, self.tail, 0)
-        return len(rows)
-
-    def ready(self, group, q_scale=1.0):
-        """q (1, H, D), the state of the newest token, which is the last row, and what bind makes of the cache."""
-        visible = self.pack()
-        layout = self.layout
-        heads = group * layout.n_kv_heads
-        state = np.zeros(STATE_SIZE, np.int32)
-        state[STATE_POSITION], state[STATE_SLOT] = self.tokens - 1, visible - 1
-        q = (self.rng.standard_normal((1, heads, layout.head_dim)) * q_scale).astype(np.float32)
-        return q, state, self.gpu.bind(self.arena, self.spans, self.tail, heads, layout.n_kv_heads, layout.head_dim,
-                                       layout.chunk, layout.window)
-
-    def attend(self, group, q_scale=1.0, repeats=1):
-        """Outputs (H, D) of the GPU, one per repeat, and the queries (H, D)."""
-        q, state, bound = self.ready(group, q_scale)
-        outs = [attend(self.gpu, q, bound, state)[0] for _ in range(repeats)]
-        return outs, q[0].astype(np.float64)
-
-    def reference(self, q):
-        """Attention in float64 over decoded values, (H, D), and what a kernel with FP16 operands may be off by, (H,).
-
-        The query is what such a kernel makes of it: rounded to 11 bits, after the rotation where K is quantized. (Where
-        keys are equal so are the errors of their scores, and keys of 1e4 at FP16 beside quantized ones move the output
-        by more than all other roundings.) On top of that it rounds q times a scale, K's decoded values or the like, and
-        the probabilities to 11 bits. The roundings of one score are independent: its error is about 2^-12 |q o k| /
-        sqrt(D), where for codes, which are not centred, k is as large as the channel's range. An error e of a score
-        moves the output by e p (v - out). The roundings of equal probabilities are equal: 2^-11 of the values' norm.
-        """
-        layout = self.layout
-        D, C = layout.head_dim, layout.chunk
-        k, v = self.k.astype(np.float64), self.v.astype(np.float64)
-        quantized = np.zeros(k.shape[1], bool)
-        for span, starts in zip(self.spans, self.starts, strict=True):
-            rows = starts[:, None] + np.arange(C)
-            quantized[rows] = span.k_bits < 16
-            for x, source, kind, bits in ((k, self.k, "K", span.k_bits), (v, self.v, "V", span.v_bits)):
-                x[:, rows] = formats.round_trip(kind, source[:, rows], bits)
-        first = max(0, self.tokens - (layout.window or self.tokens))
-        k, v, quantized = k[:, first : self.tokens], v[:, first : self.tokens], quantized[first : self.tokens]
-        plain, turned = rounded_queries(q)
-        rotated = formats.hadamard(k.astype(np.float32)) / formats.rotation_block(D)
-        rotated_q = formats.hadamard(q.astype(np.float32))
-        outs, allowed = [], []
-        for head in range(len(q)):
-            g = head * layout.n_kv_heads // len(q)
-            scores = np.where(quantized, k[g] @ turned[head], k[g] @ plain[head])
-            p = np.exp(scores - scores.max())
-            p /= p.sum()
-            out = p @ v[g]
-            score_error = 2.0**-12 * D**-0.5 * max(
-                np.linalg.norm(q[head] * np.abs(k[g]).max(axis=0)),
-                np.linalg.norm(rotated_q[head] * np.ptp(rotated[g], axis=0)) + np.linalg.norm(
-                    rotated_q[head] * np.abs(rotated[g]).max(axis=0)))
-            moved = p @ np.linalg.norm(v[g] - out, axis=1)
-            norms = np.linalg.norm(v[g], axis=1)
-            outs.append(out)
-            allowed.append(moved * np.expm1(min(score_error, 50)) + 2.0**-11 * (p @ norms))
-        return np.array(outs), np.array(allowed)
-
-
-def rounded_queries(q):
-    """q / sqrt(D) (H, D) rounded to FP16 as it is, and rounded between H and its inverse; scaled by a power of two per
-    head, so that the largest value lies from 16 to 32, and in base 2, for that decides which values are rounded how."""
-    to_base_2 = np.float32(1.44269504) / np.sqrt(np.float32(q.shape[-1]))
-
-    def rounded(x):
-        unit = 2.0 ** (np.maximum(np.frexp(np.abs(x).max(axis=-1, keepdims=True))[1] - 1, -100) - 4)
-        return (x / unit).astype(np.float16).astype(np.float64) * unit / np.log2(np.e)
-
-    scaled = q.astype(np.float32) * to_base_2
-    turned = rounded(formats.hadamard(scaled))
-    return rounded(scaled), formats.hadamard(turned).astype(np.float64) / formats.rotation_block(q.shape[-1])
-
-
-def attend(gpu, q, bound, state):
-    """Decode attention of q (B, H, D), as (B, H, D); NaN where nothing was written."""
-    out = gpu.upload(np.full((len(q), q[0].size), np.nan, np.float32))
-    gpu.decode_attention(gpu.upload(q), bound, gpu.upload(state), out)
-    return gpu.download(out).reshape(q.shape)
 
 
 def region(arena, codes, stride, nbytes, n, heads):
@@ -190,7 +51,7 @@ def check_packed(sequence):
             ("V", sequence.v, span.v_bits, span.v_codes, span.v_codes_stride, span.v_meta, span.v_meta_stride),
         ):
             x = x[:, rows].swapaxes(0, 1)  # (n, G, C, D)
-            codes_bytes, meta_bytes, _ = formats.block_bytes(kind, bits, C, D)
+            codes_bytes, meta_bytes, _ = formats.block_bytes(kind, bits, C, D, layout.formats)
             for g in range(G):
                 touched[codes + g * codes_stride : codes + g * codes_stride + span.n * codes_bytes] = True
                 touched[meta + g * meta_stride : meta + g * meta_stride + span.n * meta_bytes] = True
@@ -198,8 +59,13 @@ def check_packed(sequence):
             if bits == 16:
                 assert np.array_equal(stored.view(np.float16).reshape(x.shape).view(np.uint16), x.view(np.uint16))
                 continue
-            got = cuda_layout.unpack_codes(kind == "K", bits, C, D, stored)
+            got = cuda_layout.unpack_codes(kind == "K", bits, C, D, stored, layout.formats)
             metadata = region(arena, meta, meta_stride, meta_bytes, span.n, G)
+            if layout.formats != "rotated":
+                shared = arena[span.v_shared : span.v_shared + 4 * C * span.n].reshape(-1, 4 * C)
+                touched[span.v_shared : span.v_shared + 4 * C * span.n] |= layout.formats == "kvquant" and kind == "V"
+                check_family(kind, bits, x, rows, sequence, got, metadata, shared)
+                continue
             if kind == "K":
                 expected = formats.encode_k(x, bits)
                 scales, zeros, base = cuda_layout.unpack_k_meta(D, metadata)
@@ -217,10 +83,49 @@ def check_packed(sequence):
     assert (arena[~touched] == POISON).all()
 
 
+def check_family(kind, bits, x, rows, sequence, codes, metadata, shared):
+    """The stored codes and metadata (n, G, ...) of x (n, G, C, D), and what V's heads share, equal the reference's, to
+    the sign of zeros."""
+    C, D = x.shape[-2:]
+    if sequence.layout.formats == "kvquant":
+        check_kvquant(kind, bits, x, rows, sequence.data, codes, metadata, shared)
+        return
+    if sequence.layout.formats == "kivi":
+        expected = formats.kivi.encode_k(x, bits) if kind == "K" else formats.kivi.encode_v(x, bits)
+        scales, zeros = cuda_layout.unpack_kivi_meta(kind == "K", C, D, metadata)
+    else:
+        cos, sin = (table[rows][:, None] for table in (sequence.data.cos, sequence.data.sin))
+        expected = formats.atom.encode(formats.turn_back(x, cos, sin) if kind == "K" else x)
+        scales, zeros = cuda_layout.unpack_atom_meta(kind == "K", C, metadata)
+    assert np.array_equal(scales.view(np.uint16), expected.scales.view(np.uint16))
+    assert np.array_equal(zeros.view(np.uint16), expected.zeros.view(np.uint16))
+    assert np.array_equal(codes, expected.codes)
+
+
+def check_kvquant(kind, bits, x, rows, data, codes, metadata, shared):
+    kvquant = formats.kvquant
+    if kind == "K":
+        before = formats.turn_back(x, data.cos[rows][:, None], data.sin[rows][:, None])
+        levels = kvquant.levels_of(data.k_levels, bits)
+        expected = kvquant.encode_k(before, bits, levels, data.k_centre, data.k_half)
+    else:
+        expected = kvquant.encode_v(x, bits, kvquant.levels_of(data.v_levels, bits))
+        centre, half = cuda_layout.unpack_ranges(x.shape[-2], shared)
+        assert np.array_equal(centre.view(np.uint16), expected.centre.view(np.uint16))
+        assert np.array_equal(half.view(np.uint16), expected.half.view(np.uint16))
+    assert np.array_equal(codes, expected.codes)
+    kept, sparse = np.ascontiguousarray(metadata).view(np.uint16), expected.sparse
+    assert np.array_equal(kept[..., 0], sparse.kept)
+    assert np.array_equal(kept[..., 1], sparse.overflowed)
+    assert np.array_equal(kept[..., 2::2], sparse.index)
+    assert np.array_equal(kept[..., 3::2], sparse.values.view(np.uint16))
+
+
 @st.composite
 def sequences(draw, max_chunks):
     """A group and the arguments of a Sequence; one in eight is longer than LONG tokens."""
-    head_dim, group, chunk, tiers, windowed = draw(st.sampled_from(configurations()))
+    head_dim, group, chunk, tiers, windowed, family, flush = draw(
+        st.one_of(*(st.sampled_from([c for c in configurations() if c.family == family]) for family in FAMILIES)))
     long = LARGE and draw(st.integers(0, 7)) == 5  # hypothesis draws the ends of a range too often
     counts = [draw(st.integers(1, max_chunks if LARGE else 2)) + long * -(-LONG // (chunk * len(tiers))) for _ in tiers]
     return group, {
@@ -229,6 +134,7 @@ def sequences(draw, max_chunks):
         "suffix": draw(st.integers(1, 70)), "max_new": draw(st.integers(1, 300)),
         "spread": draw(st.sampled_from((0, 1, 1, 1, 2))),
         "window": draw(st.integers(1, chunk * sum(counts) + 100)) if windowed else None,
+        "family": family, "flush": draw(st.integers(0, 60)) if flush else None,
     }  # fmt: skip
 
 
@@ -269,11 +175,12 @@ def test_attention_equals_float64_on_decoded_values(case, q_scale):
     assert_close(sequence, outs[0], q)
 
 
-@pytest.mark.parametrize("configuration", configurations(), ids=lambda c: f"D{c.head_dim}-x{c.group}-C{c.chunk}")
+@pytest.mark.parametrize("configuration", configurations(),
+                         ids=lambda c: f"{c.family}-D{c.head_dim}-x{c.group}-C{c.chunk}")
 def test_every_configuration(configuration):
-    head_dim, group, chunk, tiers, windowed = configuration
-    sequence = Sequence(group, tiers, [9, 4, 2, 1, 3][: len(tiers)], chunk, head_dim, kv_heads=2, prefix=3, suffix=9,
-                        window=8 * chunk if windowed else None)
+    head_dim, group, chunk, tiers, windowed, family, flush = configuration
+    sequence = Sequence(group, tiers, [9, 4, 2, 1, 3][: len(tiers)], chunk, head_dim, kv_heads=2, prefix=3, suffix=90,
+                        window=8 * chunk if windowed else None, family=family, flush=40 if flush else None)
     (out,), q = sequence.attend(group)
     assert_close(sequence, out, q)
 

@@ -128,6 +128,22 @@ def test_yarn_is_refused_for_formats_before_rope(tmp_path):
     read(model, ids, [plan_for(model, "kivi", None, tmp_path)])
 
 
+@pytest.mark.parametrize(("name", "family", "flush", "refused"), [
+    ("dynamic", "atom", 0, True), ("dynamic", "kvquant", 20, True), ("dynamic", "kivi", 0, False),
+    ("dynamic", "atom", None, False), ("dynamic", "atom", 64, False),  # nothing is packed behind the prompt
+    ("plain", "atom", 0, False),
+])
+def test_frequencies_that_change_within_a_chunk_are_refused_where_keys_are_turned_by_their_place(
+        files, tmp_path, name, family, flush, refused):
+    model = load(files[name], NumpyBackend(turns_by_place=True))
+    plan = plan_for(model, family, flush, tmp_path, remainder=3 if flush is None else 3 + CHUNK)
+    if not refused:
+        read(model, ids_of(model)[:PROMPT], [plan])
+        return
+    with pytest.raises(PlanError, match=rf"{family} formats .* dynamic RoPE has others from position {PROMPT} on"):
+        read(model, ids_of(model)[:PROMPT], [plan])
+
+
 def test_kvquant_needs_the_calibration_that_the_plan_names(files, tmp_path):
     model = load(files["plain"])
     ids = ids_of(model)[:PROMPT]
