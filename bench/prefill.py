@@ -114,14 +114,14 @@ def measure_shares(model: Model, plan: Plan) -> dict[str, float]:
 
         return run
 
-    backend, gemm = model.backend, product._gemm
+    backend, gemm = model.backend, product.gemm
     for name in ("prefill_attention", "pack", "copy_tail", *LINEAR):
         setattr(backend, name, timed(name, getattr(backend, name)))
-    product._gemm = timed("products", gemm)
+    product.gemm = timed("products", gemm)
     try:
         read(model, gpu.prompt_of(model.config, plan.layout.prompt_tokens), [plan])
     finally:
-        product._gemm = gemm
+        product.gemm = gemm
     cupy.cuda.Device().synchronize()
     seconds = {name: sum(cupy.cuda.get_elapsed_time(*span) for span in taken) / 1e3 for name, taken in spans.items()}
     return {"attention": seconds["prefill_attention"], "products": seconds["products"],

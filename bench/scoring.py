@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=1024, help="of 32 tokens (1024, which is 32K tokens)")
-    parser.add_argument("--device", help="of the encoders; default: their choice")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="of the encoders; default: their choice")
     parser.add_argument("--scorers", type=some_of((*SCORERS, *LIBRARY)), default=[*SCORERS],
                         help=f"of {','.join((*SCORERS, *LIBRARY))}")
     parser.add_argument("--library", action="store_true", help="sentence-transformers beside our own kernels")

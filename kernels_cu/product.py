@@ -84,14 +84,14 @@ class Product:
             weight, (_, bias, out, _) = operation.weights[0], operation.arguments
             if bias:
                 finish((-(-units // 256), T), (256,), (NULL, np.int32(0), np.int32(units), *operation.arguments))
-            _gemm(weight, 0, units, activations, T, out, units, add=epilogue == "ADD" or bool(bias))
+            gemm(weight, 0, units, activations, T, out, units, add=epilogue == "ADD" or bool(bias))
             return
         parts = list(operation.parts(T))
         sums = self._room("sums", 4 * T * max(sum(rows for _, _, rows in part) for _, part in parts))
         for first, part in parts:
             total, column = sum(rows for _, _, rows in part), 0
             for weight, row, rows in part:
-                _gemm(weight, row, rows, activations, T, np.uint64(int(sums) + 4 * column), total)
+                gemm(weight, row, rows, activations, T, np.uint64(int(sums) + 4 * column), total)
                 column += rows
             per_block = 256 * _finish_units(operation.defines, operation.narrow)
             finish((-(-total // (2 * per_block)), T), (256,),
@@ -125,10 +125,14 @@ def _convert(dtype: str, norm: bool, K: int) -> Any:
     return kernel(convert_spec(dtype, norm, K))
 
 
-def _gemm(weight: Matrix, row: int, N: int, x: np.uint64, T: int, out: np.uint64, stride: int,
-          add: bool = False) -> None:  # fmt: skip
-    """out (T, N), rows `stride` floats apart, = or += x (T, K) @ weight[row : row + N].T, sums in float32."""
-    cublas, handle = _cublas()
+def gemm(weight: Matrix, row: int, N: int, x: np.uint64, T: int, out: np.uint64, stride: int, add: bool = False,
+         out_dtype: str = "F32", handle: int | None = None) -> None:  # fmt: skip
+    """out (T, N), rows `stride` values apart, = or += x (T, K) @ weight[row : row + N].T, sums in float32.
+
+    handle: of cuBLAS; None is CuPy's own, which the work of one stream at a time may use.
+    """
+    cublas = import_cublas()
+    handle = handle or import_cupy().cuda.device.get_cublas_handle()
     cublas.setStream(handle, import_cupy().cuda.get_current_stream().ptr)
     K = weight.shape[1]
     first = int(weight.address) + row * K * STORED[weight.dtype].itemsize
@@ -136,13 +140,14 @@ def _gemm(weight: Matrix, row: int, N: int, x: np.uint64, T: int, out: np.uint64
     at, kind = factors.ctypes.data, _CUDA_R[weight.dtype]
     # cuBLAS counts by columns: its (N, T) is our (T, N).
     cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, N, T, K, at, first, kind, K,
-                  int(x), kind, K, at + 4, int(out), _CUDA_R["F32"], stride, _COMPUTE_32F,
+                  int(x), kind, K, at + 4, int(out), _CUDA_R[out_dtype], stride, _COMPUTE_32F,
                   _DEFAULT_ALGORITHM)  # fmt: skip
 
 
-def _cublas() -> tuple[Any, Any]:
+def import_cublas() -> Any:
+    """CuPy's bindings of cuBLAS, or ToolkitMissing."""
     try:
         from cupy_backends.cuda.libs import cublas
     except ImportError as error:
         raise ToolkitMissing(f"cuBLAS cannot be loaded ({error}); run: pip install nvidia-cublas") from error
-    return cublas, import_cupy().cuda.device.get_cublas_handle()
+    return cublas

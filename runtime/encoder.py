@@ -209,9 +209,25 @@ class Encoder:
 
 
 def load_encoder_backend(device: Literal["cpu", "cuda"] | None = None, threads: int | None = None) -> EncoderBackend:
-    """The kernels of that device, which is the CPU so far. threads: of the CPU's kernels. Raises BackendError."""
-    if device not in ("cpu", None):
-        raise BackendError(f"encoders run on the CPU's kernels, not on {device!r}; library:FOLDER runs them on a GPU")
+    """The kernels of that device; None: CUDA where CuPy and a GPU are there, else the CPU. threads: of the CPU's.
+
+    Raises BackendError.
+    """
+    if device not in ("cpu", "cuda", None):
+        raise BackendError(f"unknown device {device!r} for an encoder; expected cpu or cuda")
+    if device != "cpu":
+        from kernels_cu.errors import CupyMissing, NoDevice
+        from kernels_cu.errors import KernelError as CudaError
+
+        try:
+            from kernels_cu.encoder import CudaEncoder
+
+            return CudaEncoder()
+        except (CupyMissing, NoDevice) as error:
+            if device == "cuda":
+                raise BackendError(str(error)) from error
+        except CudaError as error:  # there is a GPU: running elsewhere would be a silent slow path
+            raise BackendError(f"{error}; or give the encoder device='cpu'") from error
     try:
         from kernels_c.errors import KernelError
     except ImportError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from kernels_cu import attention, attention_mass, ends, linear
+from kernels_cu import attention, attention_mass, encoder, ends, linear
 from kernels_cu.attention import HEAD_DIMS
 from kernels_cu.build import Spec
 from kernels_cu.cache_ops import MAX_GROUP, attention_spec, merge_spec, pack_spec, ranges_spec
@@ -59,7 +59,7 @@ def compile_cover(architecture: int, step: int = 1) -> Iterator[Spec]:
     """Kernels for one architecture; step: take every step-th configuration of decode attention."""
     yield from dict.fromkeys((
         *linear.compile_cover(), *attention.compile_cover(architecture), *attention_mass.compile_cover(),
-        *ends.compile_cover(),
+        *ends.compile_cover(), *encoder.compile_cover(),
         *(merge_spec(head_dim) for head_dim in HEAD_DIMS), *_cache_specs(configurations()[::step])))
 
 

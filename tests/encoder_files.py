@@ -24,7 +24,8 @@ def minilm() -> Path:
 def save_bert(folder: Path, seed: int = 0, head: bool = False, dtype: str = "float32", **config: Any) -> Any:
     """A random BertModel, saved as transformers does (head: under BertForMaskedLM); returns it in float64.
 
-    Weights are larger than a fresh model's, so that attention and GELU leave their linear beginnings.
+    Weights are larger than a fresh model's, so that attention and GELU leave their linear beginnings, and smaller the
+    wider the model: products keep their size, or attention would go to one row alone and roundings decide to which.
     """
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -32,7 +33,8 @@ def save_bert(folder: Path, seed: int = 0, head: bool = False, dtype: str = "flo
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    made = BertConfig(**{**SMALL, **config}, initializer_range=0.15)
+    sizes = {**SMALL, **config}
+    made = BertConfig(**sizes, initializer_range=0.15 * (SMALL["hidden_size"] / sizes["hidden_size"]) ** 0.5)
     model = BertForMaskedLM(made) if head else BertModel(made)
     with torch.no_grad():
         for name, tensor in model.named_parameters():

@@ -21,9 +21,9 @@ class EncoderScorer(EmbeddingScorer):
     """A folder, or a name that is already in the local Hugging Face cache: nothing is ever downloaded.
 
     Pooling, normalisation and prompts are the folder's own; pooling and the prefixes before every query and every
-    passage can be given instead. device: "cpu", which None means too: the kernels are C, whatever runs the prefill.
-    threads: of the process-wide pool; None: as it is. The name says which kernels run. What they refuse,
-    sentence-transformers may run: cocktail.scorers.library.
+    passage can be given instead. device: "cpu" or "cuda"; None is CUDA where CuPy and a GPU are there, on a stream of
+    high priority beside the prefill's. threads: of the CPU's process-wide pool; None: as it is. The name says which
+    kernels run. What they refuse, sentence-transformers may run: cocktail.scorers.library.
     """
 
     def __init__(self, model: str, similarity: Similarity = "cosine", device: Literal["cpu", "cuda"] | None = None,
