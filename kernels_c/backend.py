@@ -78,6 +78,21 @@ class CpuBackend(CacheOps):
         """A copy, as on every backend: later steps overwrite the buffer."""
         return np.array(array, subok=False)
 
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """MemoryError, here rather than at the first touch, if the machine or the container has less to give."""
+        nbytes, free = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, available_bytes()
+        if free is not None and nbytes > free:
+            raise MemoryError(f"{nbytes:,} bytes of host memory are needed, but {free:,} are free")
+        return np.empty(shape, dtype)
+
+    def copy(self, source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+        np.copyto(target, source)
+
+    def beside(self, copies: Callable[[], None]) -> Callable[[], None]:
+        """Here and now: the processor that copies is the one that computes."""
+        copies()
+        return lambda: None
+
     def visible(self, n: int) -> tuple[Buffer, npt.NDArray[np.int32]]:
         ids = allocate((n,), np.int32)
         return ids, ids

@@ -73,6 +73,7 @@ class CudaBackend(CacheOps):
         self._cupy = import_cupy()
         self._processors = int(self._cupy.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"])
         self._linear = Linear()
+        self._lane = self._cupy.cuda.Stream(non_blocking=True)  # of copies between host and device
         fault, self._fault = self.visible(1)  # what a kernel found wrong
         self._fault[0] = 0
         self._fault_address = np.uint64(fault.data.ptr)
@@ -114,6 +115,37 @@ class CudaBackend(CacheOps):
         host: npt.NDArray[Any] = self._cupy.asnumpy(array)
         self._check_fault()
         return host
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Page-locked; MemoryError where the host has no such memory."""
+        n = int(np.prod(shape, dtype=np.int64))
+        try:
+            pinned = self._cupy.cuda.alloc_pinned_memory(n * np.dtype(dtype).itemsize)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(f"{n * np.dtype(dtype).itemsize:,} bytes of page-locked host memory: {error}") from error
+        return np.frombuffer(pinned, dtype, n).reshape(shape)
+
+    def copy(self, source: Any, target: Any) -> None:
+        runtime = self._cupy.cuda.runtime
+        inward = isinstance(source, np.ndarray)
+        host, device = (source, target) if inward else (target, source)
+        if host.nbytes != device.nbytes or not (host.flags.c_contiguous and device.flags.c_contiguous):
+            raise KernelError(f"copy: expected two contiguous arrays of equal bytes, but got {host.nbytes} and "
+                              f"{device.nbytes}")  # fmt: skip
+        pointers = (device.data.ptr, host.ctypes.data) if inward else (host.ctypes.data, device.data.ptr)
+        kind = runtime.memcpyHostToDevice if inward else runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(*pointers, host.nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
+
+    def beside(self, copies: Callable[[], None]) -> Callable[[], None]:
+        """On a stream of its own, which waits for the current one as it stands."""
+        cuda = self._cupy.cuda
+        before, after = (cuda.Event(disable_timing=True) for _ in range(2))
+        before.record()
+        self._lane.wait_event(before)
+        with self._lane:
+            copies()
+        after.record(self._lane)
+        return lambda: cuda.get_current_stream().wait_event(after)
 
     def visible(self, n: int) -> tuple[Array, npt.NDArray[np.int32]]:
         """Pinned memory, which kernels write over the bus."""

@@ -139,6 +139,17 @@ class Backend(Protocol):
 
     def download(self, array: Array) -> npt.NDArray[Any]: ...
 
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Host memory that `copy` reaches at full speed: page-locked on CUDA. Raises MemoryError."""
+
+    def copy(self, source: Any, target: Any) -> None:
+        """Between a buffer and host memory of equal bytes, either way, both contiguous. Does not wait; both have to
+        stay as they are until the copy is done."""
+
+    def beside(self, copies: Callable[[], None]) -> Callable[[], None]:
+        """Do the copies behind the work handed over so far and beside what is handed over from now on. Returns a
+        function: what is handed over after it was called comes behind the copies."""
+
     def visible(self, n: int) -> tuple[Array, npt.NDArray[np.int32]]:
         """int32 (n,), and the host's view of the same memory, valid for what has been waited for (`launched`)."""
 

@@ -1,13 +1,14 @@
 """The master of a document: the exact K and V of a prompt's first tokens, kept so that they are computed once.
 
     Master         the values, (L, 2, G, n, D) float16: in host memory or in a memory-mapped file
+    Exchange       one prefill's copies from and to masters, beside its computing
     SharedMaster   a master that the first prompt fills and every later one reads, from any thread
 
 K and V are those after RoPE, just as prefill computed them; no cache's widths touch them, so nothing is left of the
 question that was asked first.
 
-What is not done yet: on CUDA the copies to and from the host do not overlap with computing. Every layer waits for its
-own, in memory that is not pinned.
+On an asynchronous backend the copies of a layer go on while the one before is computed: prefill has two layers' K and V
+in turn.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Master:
     @classmethod
     def empty(cls, backend: Backend, config: ModelConfig, tokens: int, place: Place) -> Master:
         """Room for the first `tokens` tokens. Raises DocumentError where the disk has none, MemoryError."""
-        return cls(backend, (_in_memory if place == "memory" else _mapped)(shape_of(config, tokens)))
+        shape = shape_of(config, tokens)
+        return cls(backend, backend.host(shape, np.float16) if place == "memory" else _mapped(shape))
 
     def layer(self, layer: int) -> Values:
         """(2, G, n, D), checked."""
@@ -55,17 +57,71 @@ class Master:
         return values
 
     def keep(self, layer: int, k: Array, v: Array) -> None:
-        """Take the first rows of k, v (G, at least n, D) f16."""
+        """Take the first rows of k, v (G, at least n, D) f16. As `fetch`, for Backend.beside."""
         for side, rows in enumerate((k, v)):
             for head, kept in enumerate(self._values[layer, side]):
-                kept[:] = self._backend.download(rows[head][: self.tokens])
+                self._backend.copy(rows[head][: self.tokens], kept)
 
     def fetch(self, layer: int, k: Array, v: Array, first: int = 0) -> None:
         """Put the rows from `first` on into those of k, v (G, at least n, D) f16."""
         if first < self.tokens:
             for rows, heads in zip((k, v), self.layer(layer), strict=True):
                 for head, kept in enumerate(heads):
-                    rows[head][first : self.tokens] = self._backend.upload(kept[first:])
+                    self._backend.copy(kept[first:], rows[head][first : self.tokens])
+
+
+class Exchange:
+    """The device's K and V of the layer that is computed, and the copies from and to masters beside that work.
+
+    On an asynchronous backend two pairs of buffers take turns: one is filled, or emptied, while the other is computed
+    with. Elsewhere there is one.
+    """
+
+    def __init__(self, backend: Backend, shape: tuple[int, int, int], layers: int, known: Master | None,
+                 kept: Master | None) -> None:
+        """shape: (G, S, D), of all rows of the prompt."""
+        self._backend, self._layers, self._known, self._kept = backend, layers, known, kept
+        self._ahead = int(backend.asynchronous and (known is not None or kept is not None))
+        self._buffers = [(backend.empty(shape, np.float16), backend.empty(shape, np.float16))
+                         for _ in range(1 + self._ahead)]
+        self._coming: dict[int, Callable[[], None]] = {}
+        self._going: dict[int, Callable[[], None]] = {}
+
+    def enter(self, layer: int) -> tuple[Array, Array]:
+        """k, v of the layer, with what is known of it; what is handed over from now on may write the other rows."""
+        if layer == 0:
+            self._bring(0)
+        self._wait(self._coming, layer)
+        self._wait(self._going, layer - len(self._buffers))
+        if self._ahead:
+            self._bring(layer + 1)
+        elif layer:
+            self._bring(layer)
+            self._wait(self._coming, layer)
+        return self._buffers[layer % len(self._buffers)]
+
+    def leave(self, layer: int) -> None:
+        """All rows of the layer are there: they may be copied out."""
+        if self._kept is not None:
+            kept, (k, v) = self._kept, self._buffers[layer % len(self._buffers)]
+            self._going[layer] = self._backend.beside(lambda: kept.keep(layer, k, v))
+
+    def end(self) -> None:
+        """Waits for what was copied out: the host may read it from now on."""
+        for layer in tuple(self._going):
+            self._wait(self._going, layer)
+        if self._kept is not None:
+            self._backend.launched()()
+
+    def _bring(self, layer: int) -> None:
+        if self._known is not None and layer < self._layers:
+            known, (k, v) = self._known, self._buffers[layer % len(self._buffers)]
+            self._coming[layer] = self._backend.beside(lambda: known.fetch(layer, k, v))
+
+    @staticmethod
+    def _wait(copies: dict[int, Callable[[], None]], layer: int) -> None:
+        if layer in copies:
+            copies.pop(layer)()
 
 
 class SharedMaster:
@@ -136,17 +192,6 @@ def is_keepable(config: ModelConfig) -> bool:
 
 def shape_of(config: ModelConfig, tokens: int) -> tuple[int, int, int, int, int]:
     return config.n_layers, 2, config.n_kv_heads, tokens, config.head_dim
-
-
-def _in_memory(shape: tuple[int, ...]) -> Values:
-    """MemoryError here, rather than at the touch that is one too many, if the machine or the container has less."""
-    from kernels_c.machine import available_bytes  # which needs no kernels
-
-    nbytes, free = 2 * int(np.prod(shape, dtype=np.int64)), available_bytes()
-    if free is not None and nbytes > free:
-        raise MemoryError(f"{nbytes:,} bytes are to be kept of the document, but {free:,} are free; read it with "
-                          'keep="file" or keep=False')
-    return np.empty(shape, np.float16)
 
 
 def scratch_folder() -> Path:

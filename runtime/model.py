@@ -20,7 +20,7 @@ from runtime.backend import Array, Backend
 from runtime.cache import Cache
 from runtime.config import ModelConfig
 from runtime.layerwise import QueryAttention
-from runtime.master import Master
+from runtime.master import Exchange, Master
 from runtime.rope import rope_tables
 from runtime.weights import LayerWeights, Weights
 
@@ -86,18 +86,18 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
     highest = StepBuffers.allocate(config, backend, max(end - start for start, end in tiles), layers, x=x)
     heights = {1, *(end - start for start, end in tiles)}  # the last layer ends with one row
     buffers = {rows: StepBuffers.allocate(config, backend, rows, layers, **vars(highest)) for rows in heights}
-    k = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
-    v = backend.empty((config.n_kv_heads, n, config.head_dim), np.float16)
+    exchange = Exchange(backend, (config.n_kv_heads, n, config.head_dim), config.n_layers, known, kept)
     positions = backend.upload(np.arange(begin, n, dtype=np.int32))
     backend.embed(backend.upload(np.array(ids[begin:], np.int32)), model.weights.embed, x)
     done, total = 0, config.n_layers * len(tiles)
     for layer in range(config.n_layers):
         last = layer == config.n_layers - 1
+        k, v = exchange.enter(layer)
         for start, end in tiles:
             q, at = buffers[end - start].q, positions[start - begin : end - begin]
             _project(model, layer, x[start - begin : end - begin], rope, at, at, q, k, v)
-            if known is not None:  # after the projection: of a row that both have, the known K and V count
-                known.fetch(layer, k, v, 0 if start == begin else start)
+            if known is not None:
+                known.fetch(layer, k, v, start)  # of a row that both have, the known K and V count
             for attention in watched:
                 attention.see(q, k, start)
             # Of the last layer only the last token's output is read; its K and V are needed for every token.
@@ -108,11 +108,11 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
                 _finish_layer(model, layer, x[first - begin : end - begin], attended, hidden)
             done += 1
             if end == n:
-                if kept is not None:
-                    kept.keep(layer, k, v)
+                exchange.leave(layer)
                 for cache in caches:
                     cache.pack(layer, k, v)
             yield done, total
+    exchange.end()
     if logits is not None:
         backend.logits(x[n - 1 - begin :], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import tempfile
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tiny_model import HANDBOOK
 
 import cocktail
+from kernels_c.backend import CpuBackend
 from runtime.engine import read, read_in_steps
 from runtime.errors import DocumentError, OutOfMemory, PromptError
 from runtime.master import Master
@@ -99,6 +101,34 @@ def test_a_later_question_gets_the_logits_of_a_fresh_reading(models, case):
             np.testing.assert_allclose(found, expected, atol=2e-3)
     kept.close()
     assert kept.nbytes == 0
+
+
+class Lazy(CpuBackend):
+    """Stands for a device whose copies take as long as they may: each is made when somebody waits for it."""
+
+    asynchronous = True
+
+    def beside(self, copies):
+        pending = [copies]
+
+        def wait():
+            while pending:
+                pending.pop()()
+        return wait
+
+
+@pytest.mark.parametrize("tile", [40, 512])
+def test_copies_that_take_their_time_are_waited_for(tmp_path, tile):
+    path = tiny_model.save_tiny_model(tmp_path, num_hidden_layers=5)
+    lazy, prompt = cocktail.load(path, backend="cpu", threads=1), HANDBOOK[:3000]
+    model = cocktail.load(path, backend="cpu", threads=1)
+    lazy.engine = dataclasses.replace(lazy.engine, backend=Lazy(threads=1))
+    lazy.backend.prefill_tile = model.backend.prefill_tile = tile
+    docs = [lazy.read(prompt, keep="memory"), model.read(prompt, keep=False)]
+    for query in (QUESTION, "Who keeps the keys of the boathouse?", QUESTION):
+        found, expected = (doc.logits(query, [5, 70, 9], policy="uniform", tier="K4V2") for doc in docs)
+        np.testing.assert_array_equal(found, expected)
+    assert docs[0].nbytes
 
 
 def test_what_is_kept_is_said_and_counted(model):
@@ -259,8 +289,8 @@ def test_a_disk_without_room_is_named_and_nothing_is_left(model, tmp_path, monke
 
 
 def test_memory_that_does_not_suffice_is_named(model, monkeypatch):
-    monkeypatch.setattr("kernels_c.machine.available_bytes", lambda: 1000)
-    with pytest.raises(OutOfMemory, match=r"[\d,]+ bytes are to be kept of the document, but 1,000 are free"):
+    monkeypatch.setattr("kernels_c.backend.available_bytes", lambda: 1000)
+    with pytest.raises(OutOfMemory, match=r"[\d,]+ bytes of host memory are needed, but 1,000 are free"):
         model.read(HANDBOOK[:3000], keep="memory").prefill()
 
 
