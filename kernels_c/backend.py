@@ -35,6 +35,7 @@ class CpuBackend(CacheOps):
     asynchronous = False
     turns_by_place = False
     max_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
+    least_batch = 1
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.isa = choose_isa(isa)
@@ -109,6 +110,13 @@ class CpuBackend(CacheOps):
 
     def free_bytes(self) -> int | None:
         return available_bytes()
+
+    def batch_of(self, weights: Sequence[Matrix]) -> int:
+        return self.max_batch
+
+    def bind_rows(self, states: Sequence[Buffer], ropes: Sequence[tuple[Buffer, Buffer]],
+                  draws: Sequence[Draws]) -> None:  # fmt: skip
+        """The host does as well."""
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The step itself: on the CPU a call costs next to nothing."""

@@ -32,10 +32,11 @@ from kernels_cu.attention import HEAD_DIMS, Tile, prefill_attention
 from kernels_cu.attention_mass import attention_mass
 from kernels_cu.build import architecture_of, current_device, import_cupy, kernel
 from kernels_cu.cache_ops import STATE_SIZE, CacheOps
-from kernels_cu.ends import ADVANCE, EMBED, MAX_VOCABULARY, SAMPLE
+from kernels_cu.ends import ADVANCE, EMBED, SAMPLE
 from kernels_cu.errors import KernelError
 from kernels_cu.linear import PANEL_ROWS, Linear
 from kernels_cu.product import Operation
+from kernels_cu.rows import Rows, check_draws
 
 Draws = Any  # runtime.backend.Draws
 
@@ -46,7 +47,7 @@ _OPERATIONS = {
     "sample": "sample", "advance": "advance",
 }  # fmt: skip
 _FAULTS = {
-    1: "embed or qkv: an id, position or slot lies outside its table",
+    1: "embed, qkv, append or gather: an id, position or slot lies outside its table",
     2: "sample: an id of those seen lies outside the vocabulary",
     3: "sample: every logit is NaN or -infinity; the weights or the cache are damaged",
     4: "sample: needs temperature >= 0, top_k >= 0, penalty > 0 and a uniform number for every draw",
@@ -62,7 +63,8 @@ class CudaBackend(CacheOps):
     name = "cuda"
     asynchronous = True
     turns_by_place = True  # R(p + j) = R(p) R(j): the query by the chunk's first position, keys by their place
-    max_batch = 1  # there is no append here: sequences take turns
+    max_batch = PANEL_ROWS
+    least_batch = 2  # one row is multiplied by a kernel of its own, which adds in another order (linear.py)
     prefill_rows = 1  # cuBLAS promises nothing of the kind
     prefill_tile = 2048  # 4096 gains 1 to 2% on a 7B model and takes 0.26 GiB more of activations
 
@@ -171,8 +173,14 @@ class CudaBackend(CacheOps):
         """Not told: what the memory pool holds back would have to be known too."""
         return None
 
-    def append(self, k: Array, v: Array, bound: Any, state: Array) -> None:
-        raise KernelError("sequences do not decode together on the GPU yet; they take turns, or use --backend cpu")
+    def batch_of(self, weights: Sequence[Matrix]) -> int:
+        """1 for float32 weights: what cuBLAS gives a row may depend on how many there are, and no graph takes it."""
+        return 1 if any(weight.dtype == "F32" for weight in weights) else self.max_batch
+
+    def bind_rows(self, states: Sequence[Array], ropes: Sequence[tuple[Array, Array]],
+                  draws: Sequence[Draws]) -> Rows:  # fmt: skip
+        faults = self.visible(len(states))
+        return Rows(states, ropes, draws, faults, self._fault_address, _FAULTS)
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that does what `step` does, faster: its second call captures a CUDA graph, later calls replay it.
@@ -274,10 +282,7 @@ class CudaBackend(CacheOps):
     def sample(self, logits: Array, draws: Draws, state: Array) -> None:
         """Filters as in Hugging Face; top_k 0, top_p 1, min_p 0 and penalty 1 are off. NaN logits are never drawn."""
         V, N, M = logits.shape[1], len(draws.uniforms), len(draws.seen)
-        if V > MAX_VOCABULARY:
-            raise KernelError(f"sample: at most {MAX_VOCABULARY:,} logits, but got {V:,}; use --backend cpu")
-        if N > M:
-            raise KernelError(f"sample: {N} uniform numbers need room for as many ids among those seen, but it is {M}")
+        check_draws(V, draws)
         if V not in self._candidates:
             self._candidates[V] = self.empty((2, V), np.int32)
         keys, left = self._candidates[V]

@@ -33,20 +33,42 @@ TABLES = ("cos", "sin", "k_levels", "v_levels", "k_centre", "k_half")  # of runt
 
 
 @dataclass(frozen=True)
-class Bound:
-    """One layer's work for one sequence or a batch of them (`work`, and its tables on the GPU), kernels and scratch."""
+class Part:
+    """What one sequence, bound alone, brings to its own Bound and to a batch's; arena and data are kept alive."""
 
-    attend: Spec
-    merge: Spec
-    shared: int
+    work: Work
     formats: frozenset[tuple[int, int]]
     family: str
-    chunk: int
-    arenas: tuple[Array, ...]  # kept alive; one per sequence
-    data: tuple[tuple[Any, int], ...]  # of each sequence its FormatData, kept alive, and its tail's head, -1: no flush
-    tables: Array | None  # SequenceData of attention.cuh, of each sequence
-    work: Work
+    arena: Array
+    data: Any  # FormatData
+    head: int  # of its tail; -1: it does not flush
+    place: tuple[int, int, int]  # its tail's addresses of K and V, and its capacity
+
+    @property
+    def flushes(self) -> bool:
+        return self.head >= 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sequences that one kernel can read (_groups): the kernel and its work list on the GPU."""
+
+    attend: Spec
+    shared: int
     segments: Array
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One layer's work for one sequence or a batch of them: kernels, their tables on the GPU, and scratch."""
+
+    parts: tuple[Part, ...]  # one per sequence
+    launches: tuple[Launch, ...]
+    merge: Spec
+    chunk: int
+    tables: Array | None  # SequenceData of attention.cuh, of each sequence
+    places: Array  # Place of append.cu, of each sequence
     results: Array
     partial: Array
     softmax: Array
@@ -59,12 +81,14 @@ class Bound:
 class CacheOps:
     """Mixed into CudaBackend."""
 
+    _fault_address: np.uint64  # where kernels say what they found wrong
+
     def __init__(self) -> None:
         self._partial: Array | None = None  # partial results, shared by all layers: one stream runs them in order
         self._softmax: Array | None = None
 
     def kernels(self) -> dict[str, str]:
-        return {"pack": "pack", "copy_tail": "copy_tail",
+        return {"pack": "pack", "copy_tail": "copy_tail", "append": "append",
                 "decode_attention": "decode_attention (mma.sync), merge_attention"}  # fmt: skip
 
     def pack(self, k: Array, v: Array, arena: Array, span: Span, starts: npt.NDArray[np.int32], chunk: int,
@@ -142,53 +166,92 @@ class CacheOps:
                                   f"{heads // kv_heads}; use --backend cpu")  # fmt: skip
         spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None, family,
                                       flushed is not None)
-        work = divide(int(wide_address("arena", arena, arena.shape, U8)), spans, tail, kv_heads, head_dim, chunk,
-                      _blocks_at_once(spec, shared, current_device()), family, flushed)  # fmt: skip
+        base = int(wide_address("arena", arena, arena.shape, U8))
+        work = divide(base, spans, tail, kv_heads, head_dim, chunk, _blocks_at_once(spec, shared, current_device()),
+                      family, flushed)
         if family == "kvquant":
             _levels(data, "k", 2, kv_heads, head_dim), _levels(data, "v", 2, kv_heads, head_dim)
-        return self._bound((arena,), work, formats, family, ((data, tail.head if flushed else -1),), chunk, window,
-                           heads, kv_heads, head_dim)  # fmt: skip
+        part = Part(work, formats, family, arena, data, tail.head if flushed else -1,
+                    (base + tail.k, base + tail.v, tail.capacity))
+        return self._bound((part,), chunk, window, heads, kv_heads, head_dim)
 
     def bind_batch(self, bounds: Sequence[Bound]) -> Bound:
-        """One layer of several sequences, each bound before, as one launch: row b of q, state and out is the b-th's.
+        """One layer of several sequences, each bound before: row b of q, k, v, state and out is the b-th's.
 
-        Sequences may differ in formats, chunks per format and lengths. What one gets does not depend on the others.
+        Sequences may differ in formats, chunks per format and lengths. Those share a launch that one's own kernel can
+        read, so that no kernel is compiled for a batch. What a sequence gets does not depend on the others: its cuts
+        are its own (work.py).
         """
         shapes = {(bound.chunk, bound.window, bound.heads, bound.kv_heads, bound.head_dim) for bound in bounds}
-        if len(shapes) != 1 or any(len(bound.arenas) > 1 for bound in bounds):
+        if len(shapes) != 1 or any(len(bound.parts) > 1 for bound in bounds):
             raise KernelError(f"bind_batch takes sequences of one model and chunk size, each bound alone, but got "
                               f"{len(bounds)} of chunk, window, heads, KV heads, head_dim {list(shapes)}")  # fmt: skip
-        formats = frozenset[tuple[int, int]]().union(*(bound.formats for bound in bounds))
-        family = _one_family([bound.family for bound in bounds if bound.formats - {(16, 16)}])
-        return self._bound(tuple(bound.arenas[0] for bound in bounds), join([bound.work for bound in bounds]), formats,
-                           family, tuple(bound.data[0] for bound in bounds), *shapes.pop())  # fmt: skip
+        return self._bound(tuple(bound.parts[0] for bound in bounds), *shapes.pop())
 
-    def _bound(self, arenas: tuple[Array, ...], work: Work, formats: frozenset[tuple[int, int]], family: str,
-               data: tuple[tuple[Any, int], ...], chunk: int, window: int | None, heads: int, kv_heads: int,
+    def _bound(self, parts: tuple[Part, ...], chunk: int, window: int | None, heads: int, kv_heads: int,
                head_dim: int) -> Bound:  # fmt: skip
-        flush = any(head >= 0 for _, head in data)
-        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None, family, flush)
-        rows = work.n_results * (heads // kv_heads)
+        launches, results = [], np.zeros((len(parts), kv_heads, 3), np.int32)
+        tables, n_results = None, 0
+        for mine in _groups(parts):
+            first = parts[mine[0]]
+            work = join([parts[b].work for b in mine], mine, n_results)
+            n_results = work.n_results
+            results[mine] = work.results.reshape(-1, kv_heads, 3)
+            spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, first.formats, window is not None,
+                                          first.family, first.flushes)
+            launches.append(Launch(spec, shared, _upload(work.segments), work.blocks))
+            if tables is None and (first.flushes or first.family in TURNED):
+                tables = _upload(_sequence_data(parts, kv_heads))
+        rows = n_results * (heads // kv_heads)
         if self._partial is None or self._partial.size < rows * head_dim:
             self._partial = _allocate((rows * head_dim,), F32)
         if self._softmax is None or self._softmax.size < 2 * rows:
             self._softmax = _allocate((2 * rows,), F32)
-        tables = _upload(_sequence_data(data, kv_heads)) if flush or family in TURNED else None
-        return Bound(spec, merge_spec(head_dim), shared, formats, family, chunk, arenas, data, tables, work,
-                     _upload(work.segments), _upload(work.results), self._partial, self._softmax, window, heads,
-                     kv_heads, head_dim)  # fmt: skip
+        return Bound(parts, tuple(launches), merge_spec(head_dim), chunk, tables,
+                     _upload(np.array([part.place for part in parts], np.int64)), _upload(results), self._partial,
+                     self._softmax, window, heads, kv_heads, head_dim)  # fmt: skip
+
+    def append(self, k: Array, v: Array, bound: Bound, state: Array) -> None:
+        """k, v, state may have more rows than the batch has sequences: those behind are not looked at."""
+        (G, T, D), B = k.shape, len(bound.parts)
+        if (bound.kv_heads, bound.head_dim) != (G, D) or T < B:
+            raise KernelError(f"append: K and V are {k.shape}; expected {bound.kv_heads} heads, at least {B} rows and "
+                              f"{bound.head_dim} channels")
+        kernel(append_spec(D))((B, G), (64,), (
+            wide_address("k", k, (G, T, D), F16), wide_address("v", v, (G, T, D), F16), np.int64(T),
+            np.uint64(bound.places.data.ptr), address("state", state, (T, STATE_SIZE), I32),
+            self._fault_address))  # fmt: skip
 
     def decode_attention(self, q: Array, bound: Bound, state: Array, out: Array) -> None:
-        B, H, D = len(bound.arenas), bound.heads, bound.head_dim
+        """Of a batch q, state and out may have more rows than there are sequences: those behind stay as they are."""
+        T, B, H, D = len(q), len(bound.parts), bound.heads, bound.head_dim
+        if T < B:
+            raise KernelError(f"decode_attention: {T} rows for {B} sequences")
         partial, softmax = np.uint64(bound.partial.data.ptr), np.uint64(bound.softmax.data.ptr)
-        kernel(bound.attend, bound.shared)((bound.work.blocks,), (THREADS,), (
-            address("q", q, (B, H, D), F32), np.uint64(bound.segments.data.ptr),
-            address("state", state, (STATE_SIZE,) if B == 1 and state.ndim == 1 else (B, STATE_SIZE), I32),
-            np.int32(bound.window or 0), partial, softmax,
-            np.uint64(0 if bound.tables is None else bound.tables.data.ptr)), shared_mem=bound.shared)  # fmt: skip
+        rows, out_rows = address("q", q, (T, H, D), F32), address("out", out, (T, H * D), F32)
+        states = address("state", state, (STATE_SIZE,) if T == 1 and state.ndim == 1 else (T, STATE_SIZE), I32)
+        for launch in bound.launches:
+            kernel(launch.attend, launch.shared)((launch.blocks,), (THREADS,), (
+                rows, np.uint64(launch.segments.data.ptr), states, np.int32(bound.window or 0), partial, softmax,
+                np.uint64(0 if bound.tables is None else bound.tables.data.ptr)), shared_mem=launch.shared)  # fmt: skip
         kernel(bound.merge)((H, B), (MERGE_THREADS,), (
-            partial, softmax, np.uint64(bound.results.data.ptr), np.int32(H // bound.kv_heads),
-            address("out", out, (B, H * D), F32)))  # fmt: skip
+            partial, softmax, np.uint64(bound.results.data.ptr), np.int32(H // bound.kv_heads), out_rows))
+
+
+def _groups(parts: Sequence[Part]) -> list[list[int]]:
+    """Numbers of the sequences that share a launch; the first of each has all their formats."""
+    groups: list[list[int]] = []
+    for b in sorted(range(len(parts)), key=lambda b: -len(parts[b].formats - {(16, 16)})):
+        part = parts[b]
+        for group in groups:
+            first = parts[group[0]]
+            if ((part.family, part.flushes) == (first.family, first.flushes)
+                    and part.formats - {(16, 16)} <= first.formats):
+                group.append(b)
+                break
+        else:
+            groups.append([b])
+    return groups
 
 
 def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int, family: str = "rotated") -> tuple[Spec, int]:
@@ -222,6 +285,10 @@ def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tup
     return Spec.of("decode_attention.cu", "decode_attention", D=head_dim, GROUP=group, CHUNK=chunk,
                    WINDOWED=int(windowed), RING=ring, BLOCKS=blocks, FAMILY=family.upper(), FLUSH=int(flush),
                    FORMATS="".join(f"F({k},{v})" for k, v in coded)), WARPS * ring  # fmt: skip
+
+
+def append_spec(head_dim: int) -> Spec:
+    return Spec.of("append.cu", "append", D=head_dim)
 
 
 def merge_spec(head_dim: int) -> Spec:
@@ -291,11 +358,11 @@ def _levels(data: Any, side: str, bits: int, kv_heads: int, head_dim: int) -> tu
             wide_address("k_half", data.k_half, shape, F32))  # fmt: skip
 
 
-def _sequence_data(data: Sequence[tuple[Any, int]], kv_heads: int) -> npt.NDArray[np.int64]:
+def _sequence_data(parts: Sequence[Part], kv_heads: int) -> npt.NDArray[np.int64]:
     """SequenceData of attention.cuh, (B, 8)."""
-    arrays = [[getattr(each, name, None) for name in TABLES] for each, _ in data]
-    return np.array([[*(0 if array is None else array.data.ptr for array in row), max(head, 0), kv_heads]
-                     for row, (_, head) in zip(arrays, data, strict=True)], np.int64)  # fmt: skip
+    arrays = [[getattr(part.data, name, None) for name in TABLES] for part in parts]
+    return np.array([[*(0 if array is None else array.data.ptr for array in row), max(part.head, 0), kv_heads]
+                     for row, part in zip(arrays, parts, strict=True)], np.int64)  # fmt: skip
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -7,6 +7,8 @@
 
 KERNEL __launch_bounds__(THREADS) convert(const float *x, const float *norm, float eps, i32 K, void *out) {
     __shared__ float scratch[THREADS / WARP];
+    wait_for_predecessor();
+    start_successor();
     const float4 *row = (const float4 *)(x + (i64)blockIdx.x * K);
     float4 held[HELD];
 #pragma unroll

@@ -1,4 +1,4 @@
-"""The specs of the small kernels at both ends of a step: embed, sample, advance."""
+"""The specs of the small kernels at both ends of a step: gather, embed, sample, advance."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from kernels_cu.build import Spec
 
 MAX_VOCABULARY = 2**18  # of sample
 SAMPLE = Spec.of("sample.cu", "sample")
+SAMPLE_ROWS = Spec.of("sample.cu", "sample_rows")
+GATHER = Spec.of("gather.cu", "gather")
 ADVANCE = Spec.of("advance.cu", "advance")
 EMBED = {dtype: Spec.of("embed.cu", "embed", WEIGHT=dtype) for dtype in ("F32", "F16", "BF16")}
 
 
 def compile_cover() -> Iterator[Spec]:
-    yield from (SAMPLE, ADVANCE, *EMBED.values())
+    yield from (SAMPLE, SAMPLE_ROWS, GATHER, ADVANCE, *EMBED.values())

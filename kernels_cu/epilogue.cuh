@@ -90,7 +90,8 @@ struct Epilogue {
         const float a = biased(y[0], bias, at), b = biased(y[1], bias, at + HALF);
         const float c = cosines[(i64)position * HALF + channel], s = sines[(i64)position * HALF + channel];
         const bool turned = head < H + G;
-        const float low = turned ? a * c - b * s : a, high = turned ? b * c + a * s : b;
+        /* Contracted by hand: every kernel that ends so gives the same bits. */
+        const float low = turned ? fmaf(a, c, -(b * s)) : a, high = turned ? fmaf(b, c, a * s) : b;
         if (head < H) {
             float *to = q + ((i64)token * H + head) * D + channel;
             to[0] = low, to[HALF] = high;

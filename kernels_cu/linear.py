@@ -3,6 +3,10 @@
 One row (decode): `gemv`, bound by reading the weights. Two to sixteen rows: `panel`, the same on tensor cores. More
 rows (prefill), and float32 weights from two rows on: cuBLAS (kernels_cu.product), which cannot be captured into a
 graph; the other two can.
+
+What a row gets from `panel` does not depend on the other rows, nor on how many there are up to sixteen: K is divided
+among a block's warps in the same way, parts are added in the same order, and a row is a column of its own in every
+matrix instruction. `gemv` adds in another order: who wants one row to get the bits that it gets among others gives two.
 """
 
 from __future__ import annotations
@@ -56,8 +60,10 @@ class Linear:
             launch = _gemv(operation.defines, norm is not None, K, operation.units, self._processors)
             launch(x, NULL if norm is None else norm, np.float32(eps), np.int32(K), *operation.arguments)
             return
-        activations = x if converted else self._product.converted(operation.dtype, x, T, K, norm, eps)
-        if T <= PANEL_ROWS and operation.dtype != "F32":
+        few = T <= PANEL_ROWS and operation.dtype != "F32"  # graphs keep the address of their scratch: it never grows
+        activations = x if converted else self._product.converted(operation.dtype, x, T, K, norm, eps,
+                                                                  PANEL_ROWS if few else None)
+        if few:
             _panel(operation.defines, operation.units, T)(activations, np.int32(T), np.int32(K), *operation.arguments)
         else:
             self._product.run(operation, activations, T, K)

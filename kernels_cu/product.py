@@ -67,11 +67,14 @@ class Product:
     def __init__(self) -> None:
         self._scratch: dict[str, Array] = {}
 
-    def converted(self, dtype: str, x: np.uint64, T: int, K: int, norm: np.uint64 | None, eps: float) -> np.uint64:
-        """x in the weights' type, normed; x itself where there is nothing to do."""
+    def converted(self, dtype: str, x: np.uint64, T: int, K: int, norm: np.uint64 | None, eps: float,
+                  room: int | None = None) -> np.uint64:  # fmt: skip
+        """x in the weights' type, normed; x itself where there is nothing to do. room: rows at most, whose scratch is
+        that of K and keeps its address."""
         if dtype == "F32" and norm is None:
             return x
-        out = self._room("activations", T * K * STORED[dtype].itemsize)
+        name = "activations" if room is None else f"activations of {K}"
+        out = self._room(name, (room or T) * K * STORED[dtype].itemsize)
         convert = _convert(dtype, norm is not None, K)
         convert((T,), (256,), (x, NULL if norm is None else norm, np.float32(eps), np.int32(K), out))
         return out

@@ -227,23 +227,46 @@ __device__ i32 draw(const float *logits, i32 V, float temperature, i32 top_k, fl
     return find(keys, V, MASS, goal, by_key, histogram, left).id;
 }
 
-/* options: temperature, top_k, top_p, min_p, penalty; uniforms (N,); seen (M,): M - N ids, then the draws; state:
- * position, slot, token, drawn; ids (N,): the draws, in the host's memory. */
+/* Of one sequence. options: temperature, top_k, top_p, min_p, penalty; uniforms (N,); seen (M,): M - N ids, then the
+ * draws; state: position, slot, token, drawn; ids (N,): the draws, in the host's memory, like what went wrong. */
+struct Draw {
+    const double *options, *uniforms;
+    i32 *seen, *state, *ids, *fault;
+    i32 N, M;
+};
+
+/* The next id, and the state that comes with it. */
+INLINE void draw_next(const float *logits, i32 V, const Draw &to, float *values, i32 *left) {
+    const double *const options = to.options;
+    const float temperature = options[0], top_p = options[2], min_p = options[3], penalty = options[4];
+    const double top_k = options[1];
+    const i32 drawn = to.state[3], N = to.N, M = to.M;
+    const bool valid = temperature >= 0 && top_k >= 0 && penalty > 0 && (u32)drawn < (u32)N;
+    i32 id = 0;
+    if (valid)
+        id = draw(logits, V, temperature, (i32)fmin(top_k, (double)V), top_p, min_p, penalty, to.seen, M - N + drawn,
+                  to.uniforms[drawn], values, left, to.fault);
+    if (threadIdx.x) return;
+    if (valid) to.seen[M - N + drawn] = to.ids[drawn] = id;
+    else *to.fault = BAD_DRAW;
+    i32 *const state = to.state;
+    state[0]++, state[1]++, state[2] = id, state[3]++;
+}
+
 KERNEL __launch_bounds__(THREADS, 1)
     sample(const float *logits, i32 V, const double *options, const double *uniforms, i32 N, i32 *seen, i32 M,
            i32 *state, float *values, i32 *left, i32 *ids, i32 *fault) {
     wait_for_predecessor();
     start_successor();
-    const float temperature = options[0], top_p = options[2], min_p = options[3], penalty = options[4];
-    const double top_k = options[1];
-    const i32 drawn = state[3];
-    const bool valid = temperature >= 0 && top_k >= 0 && penalty > 0 && (u32)drawn < (u32)N;
-    i32 id = 0;
-    if (valid)
-        id = draw(logits, V, temperature, (i32)fmin(top_k, (double)V), top_p, min_p, penalty, seen, M - N + drawn,
-                  uniforms[drawn], values, left, fault);
-    if (threadIdx.x) return;
-    if (valid) seen[M - N + drawn] = ids[drawn] = id;
-    else *fault = BAD_DRAW;
-    state[0]++, state[1]++, state[2] = id, state[3]++;
+    draw_next(logits, V, {options, uniforms, seen, state, ids, fault, N, M}, values, left);
+}
+
+/* One block for each sequence of a batch: row b of logits, values and left for the b-th. */
+KERNEL __launch_bounds__(THREADS, 1)
+    sample_rows(const float *logits, i32 V, const Draw *draws, float *values, i32 *left) {
+    const Draw mine = draws[blockIdx.x]; /* no kernel writes these */
+    wait_for_predecessor();
+    start_successor();
+    const i64 row = (i64)blockIdx.x * V;
+    draw_next(logits + row, V, mine, values + row, left + row);
 }

@@ -75,12 +75,14 @@ def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim
     return replace(work, segments=segments)
 
 
-def join(works: Sequence[Work]) -> Work:
-    """One list of what several sequences have to do; KV head h of sequence b becomes head b * kv_heads + h."""
+def join(works: Sequence[Work], sequences: Sequence[int] | None = None, n_results: int = 0) -> Work:
+    """One list of what several sequences have to do, with the numbers of these sequences in a batch (0, 1, ..); KV head
+    h of sequence b becomes head b * kv_heads + h. n_results: of other lists of the batch, whose results come first;
+    they count in the list's own."""
     kv_heads = len(works[0].results)
     segments: list[npt.NDArray[Any]] = []
-    results, order, n_results = [], [], 0
-    for b, work in enumerate(works):
+    results, order = [], []
+    for b, work in zip(range(len(works)) if sequences is None else sequences, works, strict=True):
         part, first = work.segments.copy(), sum(len(others) for others in segments)
         part["sequence"] = b
         part["head"] += b * kv_heads

@@ -107,6 +107,20 @@ class Draws:
     ids: Array
 
 
+class BatchRows(Protocol):
+    """The sequences of a batch on an asynchronous backend. Both operations may be captured."""
+
+    def gather(self, state: Array, token: Array, cos: Array, sin: Array) -> None:
+        """Row b of state (T, STATE_SIZE), token (T,) int32 and cos, sin (T, D/2) f32 becomes the b-th sequence's state,
+        its token, and RoPE of its position."""
+
+    def sample(self, logits: Array) -> None:
+        """Backend.sample of each sequence, from row b of logits (T, V) for the b-th."""
+
+    def errors(self) -> list[Exception | None]:
+        """What went wrong in the last draw of each, once it is waited for."""
+
+
 class Backend(Protocol):
     """The operations of a layer. Every method checks shapes and dtypes; results are deterministic."""
 
@@ -115,7 +129,8 @@ class Backend(Protocol):
     prefill_rows: int  # in steps of so many and more, what a row gets does not depend on how many there are
     asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
     turns_by_place: bool  # formats that store K before RoPE need one set of frequencies for all positions of a chunk
-    max_batch: int  # sequences of one decode step, each bit for bit as it is alone; 1: they take turns
+    max_batch: int  # sequences of one decode step, at most, each bit for bit as in a batch of its own; 1: in turns
+    least_batch: int  # rows of such a step, at least: those behind the sequences mean nothing
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
@@ -173,8 +188,17 @@ class Backend(Protocol):
     def bind_batch(self, bounds: Sequence[Any]) -> Any:
         """One layer of several sequences, each bound before, for one call of append and one of decode_attention.
 
-        What a sequence gets does not depend on who shares the batch, to the last bit.
+        What a sequence gets does not depend on who shares the batch, to the last bit. Formats may be of several
+        families.
         """
+
+    def batch_of(self, weights: Sequence[Matrix]) -> int:
+        """max_batch, or 1 where rows that are multiplied with any of these weights depend on how many there are."""
+
+    def bind_rows(self, states: Sequence[Array], ropes: Sequence[tuple[Array, Array]],
+                  draws: Sequence[Draws]) -> BatchRows | None:
+        """What each sequence of a batch keeps for itself, resolved once; None where the host does as well by slices
+        and `sample`, one sequence after the other. ropes: cos, sin (P, D/2) f32. All are kept alive."""
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that does what `step` does, perhaps recorded once and replayed.

@@ -2,22 +2,26 @@
 
     Decoder       what a scheduler asks of a model: bytes, prefills, steps
     Member        one answer under way, in the cache of a Reading
-    Batch         the members of one step, as runtime.model.decode_step reads them
+    Batch         the members of one step
     TakesTurns    an answer on a backend that decodes one sequence at a time
 
 What a member gets does not depend on who shares its steps, to the last bit (Backend.max_batch), so a greedy answer is
-the same alone and in company.
+the same alone and in company. Alone means in a batch of its own: on CUDA that multiplies with another kernel than
+Reading.generate, whose last bits are others.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from runtime.arena import ArenaLayout
-from runtime.backend import STATE_SIZE, STATE_TOKEN
+from runtime.backend import STATE_SIZE, STATE_TOKEN, Array, BatchRows
 from runtime.engine import Planned, Reading, read_in_steps
 from runtime.formats import PRE_ROPE
 from runtime.master import SharedMaster
@@ -30,7 +34,10 @@ class Decoder:
     """A model for many requests. batch: how many sequences share a pass over the weights."""
 
     def __init__(self, model: Model) -> None:
-        self.batch = model.backend.max_batch
+        self.batch = model.backend.batch_of([
+            weight for layer in model.weights.layers
+            for weight in (layer.wq, layer.wk, layer.wv, layer.wo, layer.gate, layer.up, layer.down)]
+            + [model.weights.head])
         self._model = model
         self._batches: list[Batch] = []
 
@@ -110,59 +117,112 @@ class Member:
         """Before a step: the ids before the last are in the tail."""
         self.cache.flush(self._drawn - 1)
 
-    def draw(self, logits: object) -> None:
-        """The next id, from logits (1, V). Its time is what passed since the one before, others' prefills included."""
-        self.reading.model.backend.sample(logits, self.sampler.draws, self.cache.state)
+    def draw(self, logits: object) -> int:
+        """The next id, from logits (1, V)."""
+        backend = self.reading.model.backend
+        backend.sample(logits, self.sampler.draws, self.cache.state)
+        backend.launched()()
+        return self.drew()
+
+    def drew(self) -> int:
+        """The id that has just been drawn. Its time is what passed since the one before, others' prefills included."""
         self._drawn += 1
         before, self._at = self._at, time.perf_counter()
         if self._drawn > 1:
             self.reading.timing.decode += self._at - before
             self.reading.timing.steps += 1
+        return self.last
 
     def close(self) -> None:
         """Nothing is under way between steps."""
 
 
-class Batch:
-    """One token of each member (runtime.model.StepRows). Made anew when members join or leave: it holds buffers and
-    addresses, no state that lasts beyond a step."""
+@dataclass
+class StepArrays:
+    """runtime.model.StepRows of a batch: rows of state, token and rope are gathered, k and v are appended from here."""
 
-    staged = True
+    state: Array
+    token: Array
+    position: Array
+    slot: Array
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    bound: tuple[Any, ...]
+    rope: tuple[Array, Array]
+    staged: bool = True
+
+    @classmethod
+    def allocate(cls, model: Model, members: Sequence[Member], rows: int) -> StepArrays:
+        config, backend = model.config, model.backend
+        cos, sin = (backend.upload(np.zeros((rows, config.head_dim // 2), np.float32)) for _ in range(2))
+        numbers = backend.upload(np.arange(rows, dtype=np.int32))  # rows of rope, and of k and v
+        k, v = (backend.empty((config.n_kv_heads, rows, config.head_dim), np.float16) for _ in range(2))
+        bound = tuple(backend.bind_batch([member.cache.bound[layer] for member in members])
+                      for layer in range(config.n_layers))
+        return cls(backend.upload(np.zeros((rows, STATE_SIZE), np.int32)), backend.upload(np.zeros(rows, np.int32)),
+                   numbers, numbers, (k,) * config.n_layers, (v,) * config.n_layers, bound, (cos, sin))
+
+
+class Batch:
+    """One token of each member. Made anew when members join or leave: it holds buffers and addresses, no state that
+    lasts beyond a step.
+
+    On an asynchronous backend all of a step is one captured function, ids drawn at its end, and the host waits once. It
+    is captured when the same members take their second step, which costs the host about as long as one step without a
+    graph: so a batch whose members change all the time never pays for it.
+    """
 
     def __init__(self, model: Model, members: Sequence[Member]) -> None:
-        config, backend, B = model.config, model.backend, len(members)
+        config, backend = model.config, model.backend
+        rows = max(len(members), backend.least_batch)
         self.members = tuple(members)
         self._model = model
-        self._buffers = StepBuffers.allocate(config, backend, B)
-        self._logits = backend.empty((B, config.vocab_size), np.float32)
-        self._rope = tuple(backend.empty((B, config.head_dim // 2), np.float32) for _ in range(2))
-        self.state = backend.empty((B, STATE_SIZE), np.int32)
-        self.token = backend.empty((B,), np.int32)
-        self.position = self.slot = backend.upload(np.arange(B, dtype=np.int32))  # rows of _rope, and of k and v
-        kv = [backend.empty((config.n_kv_heads, B, config.head_dim), np.float16) for _ in range(2)]
-        self.k, self.v = ((rows,) * config.n_layers for rows in kv)
-        self.bound = tuple(backend.bind_batch([member.cache.bound[layer] for member in members])
-                           for layer in range(config.n_layers))
+        self._buffers = StepBuffers.allocate(config, backend, rows)
+        self._logits = backend.empty((rows, config.vocab_size), np.float32)
+        self._arrays = StepArrays.allocate(model, members, rows)
+        self._rows = backend.bind_rows([member.cache.state for member in members],
+                                       [member.reading.rope for member in members],
+                                       [member.sampler.draws for member in members])
+        # Not of self: in a cycle a batch would hold its members' arenas until the collector comes by.
+        self._launch = None if self._rows is None else backend.captured(
+            partial(_step_together, model, self._rows, self._arrays, self._buffers, self._logits))
 
     def step(self) -> list[int | Exception]:
         """Every member's next id, or why it has none. Raises what goes wrong for all of them; nobody has then moved,
         and the step can be tried again."""
-        for b, member in enumerate(self.members):
+        for member in self.members:
             member.flush()
-            self.state[b : b + 1] = member.cache.state
-            for rows, table in zip(self._rope, member.reading.rope, strict=True):
+        if self._rows is not None and self._launch is not None:
+            self._launch()
+            return self._drawn_together(self._rows)
+        arrays = self._arrays
+        for b, member in enumerate(self.members):
+            arrays.state[b : b + 1] = member.cache.state
+            for rows, table in zip(arrays.rope, member.reading.rope, strict=True):
                 rows[b : b + 1] = table[member.position : member.position + 1]
-        self.token[:] = self.state[:, STATE_TOKEN]
-        cos, sin = self._rope
-        decode_step(self._model, self, (cos, sin), self._buffers, self._logits)
+        arrays.token[:] = arrays.state[:, STATE_TOKEN]
+        decode_step(self._model, arrays, arrays.rope, self._buffers, self._logits)
         return [self._drawn(b, member) for b, member in enumerate(self.members)]
+
+    def _drawn_together(self, rows: BatchRows) -> list[int | Exception]:
+        try:
+            self._model.backend.launched()()
+        except Exception as error:  # some may have moved by now: nothing can be tried again
+            return [error] * len(self.members)
+        return [member.drew() if error is None else error
+                for member, error in zip(self.members, rows.errors(), strict=True)]
 
     def _drawn(self, b: int, member: Member) -> int | Exception:
         try:
-            member.draw(self._logits[b : b + 1])
+            return member.draw(self._logits[b : b + 1])
         except Exception as error:  # whatever it is, it is this member's alone
             return error
-        return member.last
+
+
+def _step_together(model: Model, rows: BatchRows, arrays: StepArrays, buffers: StepBuffers, logits: Array) -> None:
+    rows.gather(arrays.state, arrays.token, *arrays.rope)
+    decode_step(model, arrays, arrays.rope, buffers, logits)
+    rows.sample(logits)
 
 
 class TakesTurns:

@@ -134,7 +134,7 @@ def _tiles(begin: int, n: int, tile: int) -> list[tuple[int, int]]:
 
 
 class StepRows(Protocol):
-    """What a decode step reads of T tokens: one token of a Cache, or one of each sequence of a runtime.batch.Batch.
+    """What a decode step reads of T tokens: one token of a Cache, or one of each sequence of a batch.
 
     token, position, slot: int32 (T,); state: int32 (STATE_SIZE,), of a batch (T, STATE_SIZE). k, v: per layer, where
     the tokens' K and V go, FP16 (G, S, D), token t to slot[t]; staged: from there they go on, each to the tail of its

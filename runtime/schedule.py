@@ -51,7 +51,7 @@ class SchedulerStats:
 
     bytes, limit: reserved now, and at most. tokens_per_second: drawn by all answers in the last ten seconds, over the
     time since the first of them. batch: answers per decode step in that time; together: how many of them share a pass
-    over the weights at most, 1 where they take turns (CUDA).
+    over the weights at most, 1 where they take turns (float32 weights on CUDA).
     """
 
     planning: int

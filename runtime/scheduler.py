@@ -21,7 +21,7 @@ class Scheduler:
     longer. ageing: seconds of waiting that a step of priority is worth.
 
     Requests are taken in order of arrival, higher priorities first; one that does not fit yet holds up those behind it.
-    One failing request ends alone. Decoding together takes the CPU backend; on CUDA answers take turns, a step each.
+    One failing request ends alone. On CUDA answers of a model with float32 weights take turns, a step each.
     A context manager: leaving it lets all requests end, after an error it cancels them.
     Raises SchedulerError for settings that make no sense, BackendError where free memory is not known (CUDA).
     """

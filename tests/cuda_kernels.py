@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kernels_cu import attention, attention_mass, encoder, ends, linear
 from kernels_cu.attention import HEAD_DIMS
 from kernels_cu.build import Spec
-from kernels_cu.cache_ops import MAX_GROUP, attention_spec, merge_spec, pack_spec, ranges_spec
+from kernels_cu.cache_ops import MAX_GROUP, append_spec, attention_spec, merge_spec, pack_spec, ranges_spec
 from kernels_cu.layout import WIDTHS as FAMILY_WIDTHS
 
 GROUPS = range(1, MAX_GROUP + 1)
@@ -60,7 +60,8 @@ def compile_cover(architecture: int, step: int = 1) -> Iterator[Spec]:
     yield from dict.fromkeys((
         *linear.compile_cover(), *attention.compile_cover(architecture), *attention_mass.compile_cover(),
         *ends.compile_cover(), *encoder.compile_cover(),
-        *(merge_spec(head_dim) for head_dim in HEAD_DIMS), *_cache_specs(configurations()[::step])))
+        *(spec(head_dim) for head_dim in HEAD_DIMS for spec in (append_spec, merge_spec)),
+        *_cache_specs(configurations()[::step])))
 
 
 def _cache_specs(chosen: list[Configuration]) -> Iterator[Spec]:

@@ -24,6 +24,7 @@ class NumpyBackend:
     asynchronous: bool = False
     turns_by_place: bool = False
     max_batch: int = 16
+    least_batch: int = 1
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 
     def kernels(self):
@@ -90,6 +91,12 @@ class NumpyBackend:
         v = arena[tail.v : tail.v + size].view(half).reshape(kv_heads, tail.capacity, head_dim)
         positions = arena[tail.positions : tail.positions + 4 * tail.capacity].view(np.int32)
         return arena, spans, k, v, positions, chunk, window, tail.head, flushed
+
+    def batch_of(self, weights):
+        return self.max_batch
+
+    def bind_rows(self, states, ropes, draws):
+        return None
 
     def bind_batch(self, bounds):
         return list(bounds)

@@ -194,7 +194,7 @@ def test_minilm_equals_its_float64_reference():
     from cocktail.scorers.encoder import EncoderScorer
     from cocktail.scorers.folder import EncoderFolder
 
-    path = os.environ.get("ENCODER") or minilm()
+    path = os.environ.get("COCKTAIL_ENCODER") or minilm()
     scorer = EncoderScorer(str(path), device="cuda")
     model = AutoModel.from_pretrained(path).double().eval()
     texts = ["The old mill stands by the river and grinds flour.", "", "日本の首都は東京です", "long words " * 300,

@@ -16,6 +16,7 @@ from numpy_backend import NumpyBackend
 
 import cocktail
 from kernels_c import cache_ops
+from runtime.backend import STATE_DRAWN, STATE_POSITION, STATE_TOKEN
 from runtime.batch import Decoder
 from runtime.checkpoint import Checkpoint
 from runtime.engine import PendingPlan, read
@@ -98,6 +99,64 @@ def test_the_oracle_decodes_batches_too(path):
     with Scheduler(engine, limit=10**9) as scheduler:
         tickets = [scheduler.submit(request) for request in requests]
         assert [outcome(ticket) for ticket in tickets] == [alone(model, request) for request in requests]
+
+
+class GatheredRows:
+    """BatchRows by NumPy. failing: how many draws of its last sequence succeed."""
+
+    def __init__(self, backend, states, ropes, draws, failing):
+        self.backend, self.sequences, self.failing = backend, list(zip(states, ropes, draws, strict=True)), failing
+        self.found = [None] * len(states)
+
+    def gather(self, state, token, *rope):
+        for b, (own, tables, _) in enumerate(self.sequences):
+            state[b], token[b] = own, own[STATE_TOKEN]
+            for rows, table in zip(rope, tables, strict=True):
+                rows[b] = table[own[STATE_POSITION]]
+
+    def sample(self, logits):
+        for b, (own, _, draws) in enumerate(self.sequences):
+            self.backend.sample(logits[b : b + 1], draws, own)
+        if own[STATE_DRAWN] > self.failing:
+            self.found[-1] = RuntimeError("every logit is NaN")
+
+    def errors(self):
+        return self.found
+
+
+def test_a_batch_that_gathers_goes_with_its_last_reference(path):
+    """It holds its members' arenas; on a GPU these are gigabytes, which no collector looks for."""
+    with Checkpoint.open(path) as checkpoint:
+        backend = NumpyBackend()
+        engine = Model(checkpoint.config, load_weights(checkpoint, backend), backend)
+    backend.bind_rows = lambda *arrays: GatheredRows(backend, *arrays, 99)
+    request = request_for(cocktail.load(path, backend="cpu", threads=1), 1, sampling=SamplingParams())
+    decoder = Decoder(engine)
+    member = decoder.start(read(engine, request.prompt, [request.plan]), request.sampling, 3, frozenset())
+    gc.disable()
+    try:
+        decoder.step([member])
+        batch = weakref.ref(decoder._batches[0])
+        decoder.forget()
+        assert batch() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("failing", [99, 4])
+def test_a_backend_may_gather_and_draw_for_all_at_once(path, failing):
+    """With a row more than a single sequence has; what fails in a draw is one member's."""
+    with Checkpoint.open(path) as checkpoint:
+        backend = NumpyBackend(least_batch=2)
+        engine = Model(checkpoint.config, load_weights(checkpoint, backend), backend)
+    backend.bind_rows = lambda *arrays: GatheredRows(backend, *arrays, failing)
+    read_by = cocktail.load(path, backend="cpu", threads=1).read
+    requests = [request_for(SimpleNamespace(read=read_by), i, sampling=SamplingParams()) for i in (0, 1, 4)]
+    expected = [alone(SimpleNamespace(engine=engine), request) for request in requests]
+    with Scheduler(engine, limit=10**9) as scheduler:
+        results = [outcome(ticket) for ticket in [scheduler.submit(request) for request in requests]]
+    assert results[:1] == expected[:1]
+    assert results == expected if failing > 20 else str(results[2]) == "every logit is NaN"
 
 
 @pytest.mark.parametrize("max_batch", [16, 3, 1])

@@ -26,9 +26,9 @@ TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ mes
 
 
 def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str | None = TEMPLATE,
-                    **changes: Any) -> Path:
-    """Writes one self-describing safetensors file and returns its path. template None: a model without one. changes: to
-    its config.json."""
+                    dtype: Any = np.float32, **changes: Any) -> Path:
+    """Writes one self-describing safetensors file and returns its path. template None: a model without one. dtype: of
+    its matrices. changes: to its config.json."""
     config = CONFIG | changes
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,7 +40,7 @@ def save_tiny_model(folder: Path, name: str = "tiny.safetensors", template: str 
     if template is not None:
         settings["chat_template"] = template
     rng = np.random.default_rng(0)
-    tensors = {tensor: (rng.standard_normal(shape) * 0.2).astype(np.float32) if len(shape) == 2
+    tensors = {tensor: (rng.standard_normal(shape) * 0.2).astype(dtype) if len(shape) == 2
                else np.ones(shape, np.float32)
                for tensor, shape in tensor_shapes(ModelConfig.from_json(config)).items()}
     folder.mkdir(parents=True, exist_ok=True)
