@@ -98,18 +98,22 @@ def some_of(known: Collection[str] | None = None, least: int = 1) -> Callable[[s
 
 
 def on_gpu(arguments: Sequence[str] | None, figures: Sequence[str], command: str) -> bool:
-    """Whether the command line is about the GPU (--shape, or --backend cuda); if so, bench.shapes has measured those
-    figures."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--backend")
-    parser.add_argument("--shape")
-    known, _ = parser.parse_known_args(arguments)
-    if known.backend != "cuda" and known.shape is None:
+    """Whether the command line is about the GPU; if so, bench.shapes has measured those figures."""
+    if not asks_for_gpu(arguments):
         return False
     from bench import shapes  # needs CuPy
 
     shapes.main(arguments, figures, command)
     return True
+
+
+def asks_for_gpu(arguments: Sequence[str] | None) -> bool:
+    """Whether the command line has --shape, or --backend cuda."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend")
+    parser.add_argument("--shape")
+    known, _ = parser.parse_known_args(arguments)
+    return known.backend == "cuda" or known.shape is not None
 
 
 def _without_nan(value: Any) -> Any:

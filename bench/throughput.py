@@ -1,6 +1,7 @@
 """Tokens per second against the number of sequences, end to end with scoring, as in the paper's Fig. 6.
 
     python -m bench.throughput [--model PATH] [--context-tokens 1024] [--tokens 64] [--batch 1,2,4,8,16] [--plot FILE]
+    python -m bench.throughput --shape llama-2-7b|mistral-7b    on a GPU: see bench.throughput_shapes
 
 Every sequence is a request of its own: another excerpt of real text and its own plan, nothing shared. All of a batch
 are submitted at once to a scheduler and read one after another; each round takes every method at every size in turn.
@@ -26,7 +27,16 @@ import numpy as np
 
 import cocktail
 from bench.prompts import build_text
-from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, read_buffer, read_rate
+from bench.report import (
+    DEFAULT_MODEL,
+    asks_for_gpu,
+    describe_run,
+    emit,
+    print_table,
+    progress,
+    read_buffer,
+    read_rate,
+)
 from runtime.arena import ArenaLayout
 from runtime.model import Model as Engine
 from runtime.request import Request
@@ -57,6 +67,11 @@ class Point:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    if asks_for_gpu(arguments):
+        from bench import throughput_shapes  # needs CuPy
+
+        throughput_shapes.main(arguments)
+        return
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.cpu_time and args.threads != 1:
@@ -81,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 [[f["method"], f["batch"], f"{f['end_to_end']:.1f}", f"{f['decode']:.1f}", f"{f['floor']:.0f}",
                   f"{f['share']:.0%}", f"{f['cache_bytes'] / 2**20:.1f}"] for f in figures])
     if args.plot:
-        _plot(figures, args.plot)
+        plot(figures, args.plot)
     emit({"bench": "throughput", **run, "model": str(args.model), "context_tokens": args.context_tokens,
           "tokens": args.tokens, "rounds": args.rounds, "threads": threads, "cpu_time": args.cpu_time,
           "kv_bits": args.kv_bits, "scorer": args.scorer, "read_rate": rate, "points": figures}, args.json)
@@ -145,7 +160,8 @@ def _texts(model: cocktail.Model, n: int, tokens: int) -> list[str]:
     return [model.tokenizer.decode(whole[i * len(whole) // n :][:size]) for i in range(n)]
 
 
-def _plot(figures: Sequence[dict[str, Any]], path: str) -> None:
+def plot(figures: Sequence[dict[str, Any]], path: str) -> None:
+    """figures: method, batch, end_to_end and decode of each point."""
     try:
         from matplotlib.figure import Figure  # no backend, no window
     except ImportError as error:

@@ -37,16 +37,18 @@ Tail = Any  # runtime.backend.Tail
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """segments: SEGMENT (n,), block b begins with segment b and goes on with its `next`; large: how many of the blocks
-    are to begin first; results: int32 (heads, 3), first, rotated and number of each KV head's; n_results: of all."""
+    are to begin first; results: int32 (heads, 3), first, rotated and number of each KV head's; n_results: of all.
+    like: the same work without its pointers, which layers of one shape share."""
 
     segments: npt.NDArray[Any]
     blocks: int
     large: int
     results: npt.NDArray[np.int32]
     n_results: int
+    like: Work | None = None
 
 
 def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim: int, chunk: int, blocks: int,
@@ -72,17 +74,29 @@ def divide(base: int, spans: Sequence[Span], tail: Tail, kv_heads: int, head_dim
     if family == "kvquant":
         start = np.array([span.v_shared for span in spans] + [0], np.int64)
         segments["v_shared"] = base + start[source] + first * 4 * chunk
-    return replace(work, segments=segments)
+    return replace(work, segments=segments, like=work)
 
 
 def join(works: Sequence[Work], sequences: Sequence[int] | None = None, n_results: int = 0) -> Work:
     """One list of what several sequences have to do, with the numbers of these sequences in a batch (0, 1, ..); KV head
     h of sequence b becomes head b * kv_heads + h. n_results: of other lists of the batch, whose results come first;
     they count in the list's own."""
+    numbers = tuple(range(len(works)) if sequences is None else sequences)
+    joined, order = _joined(tuple(work.like or work for work in works), numbers, n_results)
+    segments = joined.segments.copy()
+    for name in segments.dtype.names or ():
+        if name not in NUMBERS:
+            segments[name] = np.concatenate([work.segments[name] for work in works])[order]
+    return replace(joined, segments=segments)
+
+
+@lru_cache(maxsize=8)
+def _joined(works: tuple[Work, ...], sequences: tuple[int, ...], n_results: int) -> tuple[Work, Ints]:
+    """What layers of one shape share of `join`, and which of the works' segments, one behind the other, come where."""
     kv_heads = len(works[0].results)
     segments: list[npt.NDArray[Any]] = []
     results, order = [], []
-    for b, work in zip(range(len(works)) if sequences is None else sequences, works, strict=True):
+    for b, work in zip(sequences, works, strict=True):
         part, first = work.segments.copy(), sum(len(others) for others in segments)
         part["sequence"] = b
         part["head"] += b * kv_heads
@@ -96,7 +110,7 @@ def join(works: Sequence[Work], sequences: Sequence[int] | None = None, n_result
     old_to_new = np.argsort(new_to_old).astype(np.int32)
     joined["next"] = np.where(joined["next"] >= 0, old_to_new[joined["next"]], -1)
     return Work(joined[new_to_old], sum(work.blocks for work in works), sum(work.large for work in works),
-                np.concatenate(results), n_results)  # fmt: skip
+                np.concatenate(results), n_results), new_to_old  # fmt: skip
 
 
 @lru_cache(maxsize=64)
