@@ -83,10 +83,10 @@ def drawn(backend, logits, options, seen, uniform):
     penalty. The state moves on, and the id joins those seen."""
     (ids, host), room = backend.visible(1), backend.upload(np.append(seen, 0).astype(np.int32))
     row, options, uniforms = map(backend.upload, (logits, np.array(options, np.float64), np.array([uniform])))
-    state = backend.upload(np.array([7, 3, 11, 0], np.int32))
+    state = backend.upload(np.array([7, 3, 11, 0, 5, 0, 0, 0], np.int32))
     backend.sample(row, Draws(options, uniforms, room, ids), state)
     backend.launched()()
     chosen = int(host[0])
-    assert backend.download(state).tolist() == [8, 4, chosen, 1] and backend.download(room)[-1] == chosen
+    assert backend.download(state).tolist() == [8, 4, chosen, 1, 5, 0, 0, 0] and backend.download(room)[-1] == chosen
     assert np.array_equal(backend.download(row), logits, equal_nan=True), "sampling changed the logits"
     return chosen

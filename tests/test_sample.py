@@ -123,13 +123,14 @@ def test_no_more_draws_than_uniform_numbers(isa):
     backend = BACKENDS[isa]
     ids, _ = backend.visible(2)
     draws = Draws(backend.upload(np.array([0.0, 0, 1, 0, 1])), backend.upload(np.zeros(2)), ids, ids)
-    logits, state = backend.upload(np.zeros((1, 4), np.float32)), backend.upload(np.array([0, 0, 0, 2], np.int32))
+    logits = backend.upload(np.zeros((1, 4), np.float32))
+    state = backend.upload(np.array([0, 0, 0, 2, 0, 0, 0, 0], np.int32))
     with pytest.raises(KernelError, match="less than 2 ids drawn"):
         backend.sample(logits, draws, state)
 
 
 def test_advance_moves_position_and_slot():
     backend = CpuBackend(threads=1)
-    state = backend.upload(np.array([7, 3, 11, 0], np.int32))
+    state = backend.upload(np.array([7, 3, 11, 0, 5, 0, 0, 0], np.int32))
     backend.advance(state, 42)
-    assert state.tolist() == [8, 4, 42, 0]
+    assert state.tolist() == [8, 4, 42, 0, 5, 0, 0, 0]
