@@ -1,8 +1,8 @@
-"""Matrix-vector products of a decode step on the GPU against their floor and cuBLAS. `python -m bench.linear [--quick]`
+"""Products of a decode step on the GPU against their floor and cuBLAS. `python -m bench.linear [--rows 1] [--quick]`
 
-One row of activations, FP16 weights, every shape that a 7B model's step has: each over at least 1 GB of distinct
-weights, so that no cache helps, as one CUDA graph; then all of a model's layers in the order of the step, without its
-attention.
+One row of activations, or --rows of as many sequences; FP16 weights, every shape that a 7B model's step has: each over
+at least 1 GB of distinct weights, so that no cache helps, as one CUDA graph; then all of a model's layers in the order
+of the step, without its attention. From two rows on what converts them to the weights' type is part of a product.
 
     floor     bytes of the weights over the device-to-device copy rate of this run (read + written)
     in order  every kernel starts when the one before has ended
@@ -49,17 +49,17 @@ class Product:
 class Shape:
     """The products of one model. Activations are shared: each product depends on the one before, as in a step."""
 
-    def __init__(self, backend: CudaBackend, model: str) -> None:
+    def __init__(self, backend: CudaBackend, model: str, rows: int) -> None:
         config = SHAPES[model]
-        self.backend, self.layers = backend, config["num_hidden_layers"]
+        self.backend, self.layers, self.rows = backend, config["num_hidden_layers"], rows
         self.E, self.I, self.V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
         self.H, self.G = config["num_attention_heads"], config["num_key_value_heads"]
         self.D, self.rng = self.E // self.H, cupy.random.default_rng(0)
-        self.x, self.hidden = (self.rng.standard_normal((1, n), dtype=np.float32) for n in (self.E, self.I))
-        self.q, self.logits = cupy.empty((1, self.H, self.D), np.float32), cupy.empty((1, self.V), np.float32)
-        self.k, self.v = (cupy.empty((self.G, 64, self.D), np.float16) for _ in "kv")
-        self.table, self.norm = cupy.ones((8, self.D // 2), np.float32), cupy.ones(self.E, np.float32)
-        self.at = cupy.zeros(1, np.int32)
+        self.x, self.hidden = (self.rng.standard_normal((rows, n), dtype=np.float32) for n in (self.E, self.I))
+        self.q, self.logits = cupy.empty((rows, self.H, self.D), np.float32), cupy.empty((rows, self.V), np.float32)
+        self.k, self.v = (cupy.empty((self.G, max(rows, 64), self.D), np.float16) for _ in "kv")
+        self.table, self.norm = cupy.ones((rows, self.D // 2), np.float32), cupy.ones(self.E, np.float32)
+        self.at = cupy.arange(rows, dtype=np.int32)
 
     def products(self) -> Iterator[Product]:
         """One at a time: the weights of one are gone when the next is made, if the caller keeps none."""
@@ -87,7 +87,7 @@ class Shape:
 
     def _wo(self) -> Callable[[], None]:
         weight = self._matrix(self.E, self.E)
-        return lambda: self.backend.linear_add(self.q.reshape(1, self.E), weight, None, self.x)
+        return lambda: self.backend.linear_add(self.q.reshape(self.rows, self.E), weight, None, self.x)
 
     def _gate_up(self) -> Callable[[], None]:
         gate, up = (self._matrix(self.I, self.E) for _ in range(2))
@@ -107,6 +107,7 @@ class Shape:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1, help="of activations (1)")
     parser.add_argument("--quick", action="store_true", help="llama-2-7b only")
     parser.add_argument("--json", help="also write the record to this file")
     args = parser.parse_args()
@@ -126,19 +127,20 @@ def main() -> None:
                        "floor_us": floor, "in_order_us": plain, "early_us": early, "cublas_us": peer})
 
     for model in MODELS[: 1 if args.quick else None]:
-        shape = Shape(backend, model)
+        shape = Shape(backend, model, args.rows)
         for product in shape.products():
             if (product.rows, product.columns) not in seen:
                 seen.add((product.rows, product.columns))
-                report(model, product, cublas(product.rows, product.columns))
+                report(model, product, cublas(args.rows, product.rows, product.columns))
             del product
             release()
         report(model, shape.step(), None)
         release()
-    print(f"copy rate {rate / 1e12:.3f} TB/s; one row, FP16 weights; us")
+    print(f"copy rate {rate / 1e12:.3f} TB/s; {args.rows} row{'s' * (args.rows > 1)}, FP16 weights; us")
     print_table(("model", "product", "rows x columns", "floor", "in order", "share", "early", "share", "cuBLAS",
                  "share", "goal: early"), rows)  # fmt: skip
-    emit({"bench": "linear", "run": describe_run(), "copy_rate": rate, "figures": record}, args.json)
+    emit({"bench": "linear", "run": describe_run(), "activations": args.rows, "copy_rate": rate, "figures": record},
+         args.json)  # fmt: skip
 
 
 def cells(floor: float, us: float) -> tuple[str, str]:
@@ -159,13 +161,13 @@ def time(backend: CudaBackend, product: Product, early: bool) -> float:
     return us if product.name == "step" else us / len(launches)
 
 
-def cublas(rows: int, columns: int) -> float:
-    """Microseconds of torch's product of one FP16 row with weights of that shape."""
+def cublas(activations: int, rows: int, columns: int) -> float:
+    """Microseconds of torch's product of so many FP16 rows of activations with weights (rows, columns)."""
     import torch
 
     count = int(DISTINCT // (2 * rows * columns)) + 1
     weights = [torch.randn(rows, columns, device="cuda", dtype=torch.float16) for _ in range(count)]
-    x = torch.randn(1, columns, device="cuda", dtype=torch.float16)
+    x = torch.randn(activations, columns, device="cuda", dtype=torch.float16)
 
     def step() -> None:
         for weight in weights:

@@ -29,8 +29,8 @@ from bench import gpu
 from bench.report import describe_run, emit, print_table, progress
 from bench.scoring import SCORERS, check_scorers
 from bench.shapes import ATTENTION, model_of, model_options, print_scorers, record_of, run_peers, run_scorers
-from kernels_cu import product
 from kernels_cu.backend import CudaBackend
+from kernels_cu.blas import Blas
 from runtime.config import ModelConfig
 from runtime.engine import read
 from runtime.model import Model
@@ -114,14 +114,14 @@ def measure_shares(model: Model, plan: Plan) -> dict[str, float]:
 
         return run
 
-    backend, gemm = model.backend, product.gemm
+    backend, gemm = model.backend, Blas.gemm
     for name in ("prefill_attention", "pack", "copy_tail", *LINEAR):
         setattr(backend, name, timed(name, getattr(backend, name)))
-    product.gemm = timed("products", gemm)
+    Blas.gemm = timed("products", gemm)  # type: ignore[method-assign]
     try:
         read(model, gpu.prompt_of(model.config, plan.layout.prompt_tokens), [plan])
     finally:
-        product.gemm = gemm
+        Blas.gemm = gemm  # type: ignore[method-assign]
     cupy.cuda.Device().synchronize()
     seconds = {name: sum(cupy.cuda.get_elapsed_time(*span) for span in taken) / 1e3 for name, taken in spans.items()}
     return {"attention": seconds["prefill_attention"], "products": seconds["products"],

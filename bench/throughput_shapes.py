@@ -8,7 +8,7 @@ sequences until memory is full, and at last as many as fit, each with its RoPE t
 one more prompt. All are the same, so all must draw the same ids: a step in which one differs ends the bench.
 
     read        seconds of one prompt: the scorer on its chunks where the method asks for scores, prefill and packing
-    decode      tokens per second of steps of all sequences, up to 16 in one pass over the weights, as a scheduler runs
+    decode      tokens per second of steps of all sequences, up to 128 in one pass over the weights, as a scheduler runs
                 them; median step
     end to end  all generated tokens over the time to read all prompts, one behind the other, and to decode: from
                 the two figures above (the scores of a budget can come behind the first layer instead, for less)

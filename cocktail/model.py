@@ -153,19 +153,21 @@ class Model:
         answer = AnswerStream(self._job(prompt, max_tokens, sampling, stop, progress, raw))
         return answer if stream else answer.answer
 
-    def serve(self, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1,
-              ageing: float = 10.0) -> Scheduler:
+    def serve(self, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1, ageing: float = 10.0,
+              exact: bool = False) -> Scheduler:
         """Opens the scheduler that `submit`, here and of documents, puts requests into; use it as a context manager.
 
         limit: bytes that all requests may hold at once, None for nine tenths of what is free now. max_running: requests
         that are read or answered at once. pause: seconds for which running answers may be kept waiting while prompts
-        are read. ageing: seconds of waiting that a step of priority is worth. Raises SchedulerError where one is open,
-        BackendError on CUDA without a limit.
+        are read. ageing: seconds of waiting that a step of priority is worth. exact: no answer's bits may depend on who
+        is answered beside it, which only happens on CUDA where more than 16 run. Raises SchedulerError where one is
+        open, BackendError on CUDA without a limit.
         """
         with self._opening:
             if self._scheduler is not None and not self._scheduler.closed:
                 raise SchedulerError("this model has an open scheduler; close it before another is opened")
-            self._scheduler = Scheduler(self.engine, limit=limit, max_running=max_running, pause=pause, ageing=ageing)
+            self._scheduler = Scheduler(self.engine, limit=limit, max_running=max_running, pause=pause, ageing=ageing,
+                                        exact=exact)
             return self._scheduler
 
     @property

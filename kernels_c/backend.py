@@ -34,7 +34,7 @@ class CpuBackend(CacheOps):
     prefill_rows = 17  # GEMV_ROWS of linear.h and one: fewer are multiplied in another order
     asynchronous = False
     turns_by_place = False
-    max_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
+    max_batch = exact_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
     least_batch = 1
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels_cu.arrays import F16, F32, I32, Array, Matrix, address, allocate, check_matrix, wide_address
+from kernels_cu.blas import Blas
 from kernels_cu.build import Spec, architecture_of, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
-from kernels_cu.product import gemm, import_cublas
 
 Norm = Any  # runtime.encoder.Norm
 Tensor = Any  # runtime.checkpoint.Tensor
@@ -38,7 +38,7 @@ class CudaEncoder:
         device = current_device()
         self.architecture = f"sm_{architecture_of(device)}"
         self._cupy = import_cupy()
-        self._stream, self._handle = _lane(device)
+        self._stream, self._blas = _lane(device)
 
     def beside(self) -> AbstractContextManager[Any]:
         stream: AbstractContextManager[Any] = self._stream
@@ -122,8 +122,7 @@ class CudaEncoder:
 
     def _multiply(self, x: np.uint64, weight: Matrix, T: int, out: Array) -> None:
         N = weight.shape[0]
-        gemm(weight, 0, N, x, T, np.uint64(out.data.ptr), N, out_dtype="F16" if out.dtype == F16 else "F32",
-             handle=self._handle)  # fmt: skip
+        self._blas.gemm(weight, 0, N, x, T, np.uint64(out.data.ptr), N, out_dtype="F16" if out.dtype == F16 else "F32")
 
     def _empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return allocate(shape, dtype, "the encoder", "leave more to it")
@@ -149,9 +148,9 @@ def compile_cover() -> Iterator[Spec]:
 
 
 @cache
-def _lane(device: int) -> tuple[Any, int]:
+def _lane(device: int) -> tuple[Any, Blas]:
     """The stream and the cuBLAS handle of all encoders on a GPU."""
-    return import_cupy().cuda.Stream(non_blocking=True, priority=_HIGH_PRIORITY), int(import_cublas().create())
+    return import_cupy().cuda.Stream(non_blocking=True, priority=_HIGH_PRIORITY), Blas()
 
 
 def _halves(tensor: Tensor) -> npt.NDArray[np.float16]:

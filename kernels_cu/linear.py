@@ -1,8 +1,8 @@
 """Products of activations with weight matrices: which kernel runs, and how it is launched.
 
 One row (decode): `gemv`, bound by reading the weights. Two to sixteen rows: `panel`, the same on tensor cores. More
-rows (prefill), and float32 weights from two rows on: cuBLAS (kernels_cu.product), which cannot be captured into a
-graph; the other two can.
+rows (prefill, large batches), and float32 weights from two rows on: cuBLAS (kernels_cu.product). What is captured into
+a graph keeps the addresses of its scratch: up to BATCH_ROWS rows have theirs, which never grows.
 
 What a row gets from `panel` does not depend on the other rows, nor on how many there are up to sixteen: K is divided
 among a block's warps in the same way, parts are added in the same order, and a row is a column of its own in every
@@ -24,11 +24,11 @@ from kernels_cu.build import Spec, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
 from kernels_cu.product import PAIR, Defines, Operation, Product
 
-PANEL_ROWS = 16
+PANEL_ROWS, BATCH_ROWS = 16, 128
 _GEMV_WARPS = 8
 _GEMV_LOADS = {"F32": (4, 8), "F16": (2, 16), "BF16": (4, 8)}  # 16 bytes each: of one row, of all rows at a time
 _GEMV_VALUES = 64  # activations that a lane can hold
-_PANEL_WARPS, _PANEL_TILES = 8, 2
+_PANEL_WARPS, _PANEL_AHEAD = 8, 2
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Linear:
             launch = _gemv(operation.defines, norm is not None, K, operation.units, self._processors)
             launch(x, NULL if norm is None else norm, np.float32(eps), np.int32(K), *operation.arguments)
             return
-        few = T <= PANEL_ROWS and operation.dtype != "F32"  # graphs keep the address of their scratch: it never grows
-        activations = x if converted else self._product.converted(operation.dtype, x, T, K, norm, eps,
-                                                                  PANEL_ROWS if few else None)
+        few = T <= PANEL_ROWS and operation.dtype != "F32"
+        room = PANEL_ROWS if few else BATCH_ROWS if T <= BATCH_ROWS else None
+        activations = x if converted else self._product.converted(operation.dtype, x, T, K, norm, eps, room)
         if few:
             _panel(operation.defines, operation.units, T)(activations, np.int32(T), np.int32(K), *operation.arguments)
         else:
-            self._product.run(operation, activations, T, K)
+            self._product.run(operation, activations, T, room)
 
 
 def compile_cover() -> Iterator[Spec]:
@@ -122,9 +122,9 @@ def _gemv_spec(defines: Defines, norm: bool, K: int) -> Spec:
 @cache
 def _panel(defines: Defines, units: int, T: int) -> Launch:
     spec = _panel_spec(defines, -(-T // 8))
-    block_units = _PANEL_TILES * 16 // PAIR[str(dict(defines)["EPILOGUE"])]
+    block_units = 16 // PAIR[str(dict(defines)["EPILOGUE"])]
     return Launch(kernel(spec), -(-units // block_units), 32 * _PANEL_WARPS)
 
 
 def _panel_spec(defines: Defines, columns: int) -> Spec:
-    return Spec.of("panel.cu", "panel", WARPS=_PANEL_WARPS, TILES=_PANEL_TILES, COLUMN_TILES=columns, **dict(defines))
+    return Spec.of("panel.cu", "panel", WARPS=_PANEL_WARPS, AHEAD=_PANEL_AHEAD, COLUMN_TILES=columns, **dict(defines))

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from kernels_cu.arrays import NULL, STORED, Array, Matrix, allocate
-from kernels_cu.build import Spec, import_cupy, kernel
-from kernels_cu.errors import ToolkitMissing
+from kernels_cu.blas import Blas
+from kernels_cu.build import Spec, kernel
 
 Defines = tuple[tuple[str, int | str], ...]
 
 PAIR = {"STORE": 1, "ADD": 1, "GATE_UP": 2, "QKV": 2}  # rows of weights that an epilogue needs together
-_CUDA_R = {"F32": 0, "F16": 2, "BF16": 14}
-_COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1
 _SUMS_BYTES = 96 * 2**20  # of GATE_UP's products that wait for their epilogue at a time
 _PART_UNITS = 128  # a part of GATE_UP begins at a multiple of so many units
 _HELD = 4  # float4 of a row that a thread of `convert` keeps in registers, at most
@@ -62,26 +60,29 @@ class Operation:
 
 
 class Product:
-    """Runs Operations by cuBLAS on one GPU; owns their scratch memory, which grows to the largest tile."""
+    """Runs Operations by cuBLAS on one GPU; owns their scratch memory, which grows to the largest tile.
+
+    room: rows at most, in scratch of its own that never grows: a captured step keeps the addresses.
+    """
 
     def __init__(self) -> None:
+        self.blas = Blas()
         self._scratch: dict[str, Array] = {}
 
     def converted(self, dtype: str, x: np.uint64, T: int, K: int, norm: np.uint64 | None, eps: float,
                   room: int | None = None) -> np.uint64:  # fmt: skip
-        """x in the weights' type, normed; x itself where there is nothing to do. room: rows at most, whose scratch is
-        that of K and keeps its address."""
+        """x in the weights' type, normed; x itself where there is nothing to do."""
         if dtype == "F32" and norm is None:
             return x
-        name = "activations" if room is None else f"activations of {K}"
+        name = "activations" if room is None else f"{room} activations of {K} {dtype}"
         out = self._room(name, (room or T) * K * STORED[dtype].itemsize)
         convert = _convert(dtype, norm is not None, K)
         convert((T,), (256,), (x, NULL if norm is None else norm, np.float32(eps), np.int32(K), out))
         return out
 
-    def run(self, operation: Operation, activations: np.uint64, T: int, K: int) -> None:
+    def run(self, operation: Operation, activations: np.uint64, T: int, room: int | None = None) -> None:
         """operation of activations (T, K) in the weights' type."""
-        units, epilogue = operation.units, operation.epilogue
+        units, epilogue, gemm = operation.units, operation.epilogue, self.blas.gemm
         finish = kernel(finish_spec(operation.defines, operation.narrow))
         if PAIR[epilogue] == 1:
             weight, (_, bias, out, _) = operation.weights[0], operation.arguments
@@ -89,8 +90,9 @@ class Product:
                 finish((-(-units // 256), T), (256,), (NULL, np.int32(0), np.int32(units), *operation.arguments))
             gemm(weight, 0, units, activations, T, out, units, add=epilogue == "ADD" or bool(bias))
             return
-        parts = list(operation.parts(T))
-        sums = self._room("sums", 4 * T * max(sum(rows for _, _, rows in part) for _, part in parts))
+        parts = list(operation.parts(room or T))
+        width = max(sum(rows for _, _, rows in part) for _, part in parts)
+        sums = self._room("sums" if room is None else f"{room} sums of {width}", 4 * (room or T) * width)
         for first, part in parts:
             total, column = sum(rows for _, _, rows in part), 0
             for weight, row, rows in part:
@@ -126,31 +128,3 @@ def convert_spec(dtype: str, norm: bool, K: int) -> Spec:
 @cache
 def _convert(dtype: str, norm: bool, K: int) -> Any:
     return kernel(convert_spec(dtype, norm, K))
-
-
-def gemm(weight: Matrix, row: int, N: int, x: np.uint64, T: int, out: np.uint64, stride: int, add: bool = False,
-         out_dtype: str = "F32", handle: int | None = None) -> None:  # fmt: skip
-    """out (T, N), rows `stride` values apart, = or += x (T, K) @ weight[row : row + N].T, sums in float32.
-
-    handle: of cuBLAS; None is CuPy's own, which the work of one stream at a time may use.
-    """
-    cublas = import_cublas()
-    handle = handle or import_cupy().cuda.device.get_cublas_handle()
-    cublas.setStream(handle, import_cupy().cuda.get_current_stream().ptr)
-    K = weight.shape[1]
-    first = int(weight.address) + row * K * STORED[weight.dtype].itemsize
-    factors = np.array([1, 1 if add else 0], np.float32)  # alpha and beta, in host memory until the call returns
-    at, kind = factors.ctypes.data, _CUDA_R[weight.dtype]
-    # cuBLAS counts by columns: its (N, T) is our (T, N).
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, N, T, K, at, first, kind, K,
-                  int(x), kind, K, at + 4, int(out), _CUDA_R[out_dtype], stride, _COMPUTE_32F,
-                  _DEFAULT_ALGORITHM)  # fmt: skip
-
-
-def import_cublas() -> Any:
-    """CuPy's bindings of cuBLAS, or ToolkitMissing."""
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError as error:
-        raise ToolkitMissing(f"cuBLAS cannot be loaded ({error}); run: pip install nvidia-cublas") from error
-    return cublas

@@ -129,7 +129,8 @@ class Backend(Protocol):
     prefill_rows: int  # in steps of so many and more, what a row gets does not depend on how many there are
     asynchronous: bool  # operations return before their work is done, so that more can be launched meanwhile
     turns_by_place: bool  # formats that store K before RoPE need one set of frequencies for all positions of a chunk
-    max_batch: int  # sequences of one decode step, at most, each bit for bit as in a batch of its own; 1: in turns
+    max_batch: int  # sequences of one decode step, at most; 1: in turns
+    exact_batch: int  # up to so many, each bit for bit as in a batch of its own
     least_batch: int  # rows of such a step, at least: those behind the sequences mean nothing
 
     def kernels(self) -> dict[str, str]:
@@ -193,7 +194,7 @@ class Backend(Protocol):
         """
 
     def batch_of(self, weights: Sequence[Matrix]) -> int:
-        """max_batch, or 1 where rows that are multiplied with any of these weights depend on how many there are."""
+        """max_batch, or 1 where rows that are multiplied with any of these weights depend on how few they are."""
 
     def bind_rows(self, states: Sequence[Array], ropes: Sequence[tuple[Array, Array]],
                   draws: Sequence[Draws]) -> BatchRows | None:

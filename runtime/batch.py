@@ -5,9 +5,9 @@
     Batch         the members of one step
     TakesTurns    an answer on a backend that decodes one sequence at a time
 
-What a member gets does not depend on who shares its steps, to the last bit (Backend.max_batch), so a greedy answer is
-the same alone and in company. Alone means in a batch of its own: on CUDA that multiplies with another kernel than
-Reading.generate, whose last bits are others.
+What a member of up to Backend.exact_batch gets does not depend on who shares its steps, to the last bit, so a greedy
+answer is the same alone and in company. Alone means in a batch of its own: on CUDA that multiplies with another kernel
+than Reading.generate, whose last bits are others. In a larger batch sums may be added in another order.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from runtime.sampler import SamplingParams
 
 
 class Decoder:
-    """A model for many requests. batch: how many sequences share a pass over the weights."""
+    """A model for many requests. batch: how many sequences share a pass over the weights; exact: no more than get the
+    same bits in any company."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, exact: bool = False) -> None:
         self.batch = model.backend.batch_of([
             weight for layer in model.weights.layers
             for weight in (layer.wq, layer.wk, layer.wv, layer.wo, layer.gate, layer.up, layer.down)]
             + [model.weights.head])
+        if exact:
+            self.batch = min(self.batch, model.backend.exact_batch)
         self._model = model
         self._batches: list[Batch] = []
 

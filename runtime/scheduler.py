@@ -18,7 +18,9 @@ class Scheduler:
     limit: bytes that all requests may hold at once (arenas, and what their prefills need; not the weights, nor kept
     documents); None for nine tenths of the memory that is free now. max_running: requests that are read or run at once.
     pause: seconds for which running answers may be kept waiting while prompts are read; one prefill step, if that is
-    longer. ageing: seconds of waiting that a step of priority is worth.
+    longer. ageing: seconds of waiting that a step of priority is worth. exact: on CUDA up to 128 sequences share a pass
+    over the weights, and in a pass of more than 16 the last bits of logits may depend on the company; exact passes have
+    no more.
 
     Requests are taken in order of arrival, higher priorities first; one that does not fit yet holds up those behind it.
     One failing request ends alone. On CUDA answers of a model with float32 weights take turns, a step each.
@@ -27,8 +29,8 @@ class Scheduler:
     """
 
     def __init__(self, model: Model, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1,
-                 ageing: float = 10.0) -> None:
-        decoder = Decoder(model)
+                 ageing: float = 10.0, exact: bool = False) -> None:
+        decoder = Decoder(model, exact)
         if limit is None:
             if (free := decoder.free_bytes()) is None:
                 raise BackendError(f"how much memory is free is not known on backend {model.backend.name}: give the "

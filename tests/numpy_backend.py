@@ -24,6 +24,7 @@ class NumpyBackend:
     asynchronous: bool = False
     turns_by_place: bool = False
     max_batch: int = 16
+    exact_batch: int = 16
     least_batch: int = 1
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 

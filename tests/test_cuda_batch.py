@@ -29,6 +29,7 @@ POLICIES = (dict(policy="budget", kv_bits=4), dict(policy="fp16"), dict(policy="
 SAMPLINGS = (SamplingParams(), SamplingParams(temperature=0.9, seed=3),
              SamplingParams(repetition_penalty=1.4, top_k=7, temperature=0.5, seed=5))
 LIMIT = 10**9
+TOLERANCE = 2e-3  # of logits, relative
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,19 @@ def test_the_scheduler_answers_as_alone(model):
         assert all(ticket.wait(60) for ticket in tickets)
         stats = scheduler.stats()
     assert [ticket.error or list(ticket) for ticket in tickets] == expected
-    assert (stats.completed, stats.bytes, stats.together) == (10, 0, 16)
+    assert (stats.completed, stats.bytes, stats.together) == (10, 0, BACKEND.max_batch)
     assert stats.batch > 1
+
+
+@pytest.mark.parametrize("size", [17, 40])
+def test_more_sequences_share_a_pass_within_the_tolerance_of_one(model, size):
+    """cuBLAS multiplies their rows and adds in another order, which moves what is rounded to 11 bits in every layer."""
+    requests = [request_for(model, i, max_new=3, sampling=SamplingParams()) for i in range(size)]
+    (expected, exact), (ids, logits) = alone(model, requests), decoded(model, requests, list)
+    for i in range(size):
+        n = next((j for j, pair in enumerate(zip(ids[i], expected[i], strict=True)) if len(set(pair)) > 1), 3)
+        for one, other in zip(logits[i][:n], exact[i][:n], strict=True):  # up to the one that drew another id
+            assert rms(one - other) < TOLERANCE * rms(other)
 
 
 def test_a_draw_that_fails_ends_its_own_answer(model):
@@ -143,10 +155,12 @@ def test_a_draw_that_fails_ends_its_own_answer(model):
     assert [ids[0], ids[2]] == [expected[0], expected[2]]
 
 
-def test_prompts_are_read_between_steps(model):
+@pytest.mark.parametrize("size", [2, 18])
+def test_prompts_are_read_between_steps(model, size):
     """A prefill takes scratch memory that grows; a captured step keeps its own."""
-    first, late = ([request_for(model, i, max_new=12) for i in lot] for lot in ((2, 3), (7, 13)))
-    expected, _ = alone(model, first)
+    roomy = [i for i in range(60) if i % 5 > 1][:size]
+    first, late = ([request_for(model, i, max_new=12) for i in lot] for lot in (roomy, (7, 13)))
+    expected, _ = decoded(model, first, list)
     decoder, members = members_of(model, first)
     ids = [[member.last] for member in members]
     for step in range(11):

@@ -159,17 +159,18 @@ def test_a_backend_may_gather_and_draw_for_all_at_once(path, failing):
     assert results == expected if failing > 20 else str(results[2]) == "every logit is NaN"
 
 
-@pytest.mark.parametrize("max_batch", [16, 3, 1])
-def test_answers_are_those_of_each_request_alone(model, monkeypatch, max_batch):
+@pytest.mark.parametrize(("max_batch", "exact_batch", "together"), [(16, 16, 16), (16, 3, 3), (3, 16, 3), (1, 16, 1)])
+def test_answers_are_those_of_each_request_alone(model, monkeypatch, max_batch, exact_batch, together):
     """In one pass, in passes of three, and in turns."""
     monkeypatch.setattr(model.backend, "max_batch", max_batch)
+    monkeypatch.setattr(model.backend, "exact_batch", exact_batch)
     requests = [request_for(model, i) for i in range(8)]
-    with Scheduler(model.engine, pause=0.002) as scheduler:
+    with Scheduler(model.engine, pause=0.002, exact=True) as scheduler:
         tickets = [scheduler.submit(request) for request in requests]
         results = [outcome(ticket) for ticket in tickets]
         stats = scheduler.stats()
     assert results == [alone(model, request) for request in requests]
-    assert (stats.completed, stats.bytes, stats.together) == (8, 0, max_batch)
+    assert (stats.completed, stats.bytes, stats.together) == (8, 0, together)
     assert stats.batch > 1 and stats.tokens_per_second > 0
 
 
