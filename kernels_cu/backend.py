@@ -34,6 +34,7 @@ from kernels_cu.build import architecture_of, current_device, import_cupy, kerne
 from kernels_cu.cache_ops import STATE_SIZE, CacheOps
 from kernels_cu.ends import ADVANCE, EMBED, SAMPLE
 from kernels_cu.errors import KernelError
+from kernels_cu.host_memory import locked
 from kernels_cu.linear import BATCH_ROWS, PANEL_ROWS, Linear
 from kernels_cu.product import Operation
 from kernels_cu.rows import Rows, check_draws
@@ -121,12 +122,7 @@ class CudaBackend(CacheOps):
 
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Page-locked; MemoryError where the host has no such memory."""
-        n = int(np.prod(shape, dtype=np.int64))
-        try:
-            pinned = self._cupy.cuda.alloc_pinned_memory(n * np.dtype(dtype).itemsize)
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
-            raise MemoryError(f"{n * np.dtype(dtype).itemsize:,} bytes of page-locked host memory: {error}") from error
-        return np.frombuffer(pinned, dtype, n).reshape(shape)
+        return locked(shape, dtype)
 
     def copy(self, source: Any, target: Any) -> None:
         runtime = self._cupy.cuda.runtime
