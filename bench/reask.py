@@ -1,6 +1,7 @@
 """A document read once against fresh readings: the same answers, and how soon they begin.
 
     python -m bench.reask [--model PATH] [--context-tokens 3500] [--questions 10] [--scorer bm25] [--backend cpu]
+    python -m bench.reask --shape llama-2-7b    on a GPU: see bench.reask_shapes
 
 Facts are planted in real text and each is asked for, in one document that keeps its K and V and in fresh readings of
 the same prompt that keep nothing. Where the ids differ, the two best logits of the fresh reading at the first
@@ -25,7 +26,17 @@ import numpy as np
 import cocktail
 from bench.prompts import build_text
 from bench.prompts_tasks import FACTS, NIAH_QUERY
-from bench.report import DEFAULT_MODEL, describe_run, emit, print_table, progress, read_buffer, read_rate, verdict
+from bench.report import (
+    DEFAULT_MODEL,
+    describe_run,
+    emit,
+    names_shape,
+    print_table,
+    progress,
+    read_buffer,
+    read_rate,
+    verdict,
+)
 
 GOAL = 0.2  # of the first question's time to the first token
 
@@ -57,6 +68,11 @@ class Pair:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    if names_shape(arguments):
+        from bench import reask_shapes  # needs CuPy
+
+        reask_shapes.main(arguments)
+        return
     parser = argparse.ArgumentParser(prog="python -m bench.reask", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)

@@ -109,11 +109,20 @@ def on_gpu(arguments: Sequence[str] | None, figures: Sequence[str], command: str
 
 def asks_for_gpu(arguments: Sequence[str] | None) -> bool:
     """Whether the command line has --shape, or --backend cuda."""
+    known = _known(arguments)
+    return known.backend == "cuda" or known.shape is not None
+
+
+def names_shape(arguments: Sequence[str] | None) -> bool:
+    """Whether the command line has --shape."""
+    return _known(arguments).shape is not None
+
+
+def _known(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--backend")
     parser.add_argument("--shape")
-    known, _ = parser.parse_known_args(arguments)
-    return known.backend == "cuda" or known.shape is not None
+    return parser.parse_known_args(arguments)[0]
 
 
 def _without_nan(value: Any) -> Any:

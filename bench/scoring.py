@@ -10,6 +10,7 @@ as a trained one does, so nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -118,6 +119,7 @@ def _save_encoder(folder: Path, hidden: int, layers: int, heads: int, texts: Seq
                         intermediate_size=4 * hidden)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         BertModel(config).save_pretrained(folder)
+    os.sync()  # what is still being written to disk would slow down what is measured next
 
 
 if __name__ == "__main__":
