@@ -1,9 +1,10 @@
 """How one layer's decode attention is divided among the GPU's blocks, decided once when a sequence is bound.
 
 The chunks of each KV head, those with quantized V first, form one sequence of bytes that is cut into parts, one per
-block. As many blocks as the GPU runs at once get a large part each; what is left is cut into small ones, which the GPU
-hands to whichever processor is free first: processors do not progress equally, and the slowest one sets the time. The
-tail, whose length grows, has blocks of its own, and so has what it gives up while it grows (Layout.flush).
+block; beginning a span of quantized chunks counts as bytes too, or a block that has several would end last. As many
+blocks as the GPU runs at once get a large part each; what is left is cut into small ones, which the GPU hands to
+whichever processor is free first: processors do not progress equally, and the slowest one sets the time. The tail,
+whose length grows, has blocks of its own, and so has what it gives up while it grows (Layout.flush).
 
 The cuts depend on the sequence and the kind of GPU alone: not on what else runs, nor on who shares a batch (`join`
 only puts parts of several sequences into one list). A part has a partial result of its own and the merge adds them in
@@ -28,6 +29,8 @@ SEGMENT = np.dtype([(name, np.uint64) for name in POINTERS] + [(name, np.int32) 
 SEGMENT_SHARED = np.dtype([*SEGMENT.descr, ("v_shared", np.uint64)])  # of kvquant: what V stores once for all heads
 TAIL = 0  # as a segment's format; others are 100 * K bits + V bits
 MIN_PART = 48 * 1024  # bytes; shorter parts cost more to begin and to merge than they save
+MIN_CODED = 24 * 1024  # the same for short contexts where anything is quantized: decoding takes longer than reading
+BEGIN = 24 * 1024  # bytes that a block could read while it begins a span of quantized chunks
 LARGE = 0.8  # of all bytes: what the parts that begin at once take
 SMALL = 0.2  # of such a block's equal share: a small part
 STAGGER = 0.2  # how much the large parts differ in size, so that blocks do not begin and end together
@@ -121,10 +124,11 @@ def _divide(spans: tuple[tuple[int, int, int], ...], flushed: bool, capacity: in
     costs = [sum(chunk_bytes(True, k, chunk, head_dim, family)) + sum(chunk_bytes(False, v, chunk, head_dim, family))
              for _, k, v in spans]  # fmt: skip
     n_fixed = len(spans) - flushed
-    total = sum(n * cost for (n, _, _), cost in zip(spans[:n_fixed], costs, strict=False))  # bytes of one KV head
+    even = all(k == v == 16 for _, k, v in spans)  # then all wait for memory alone, and small parts cost 1%
+    begin = 0 if even else BEGIN
+    total = sum(begin + n * cost for (n, _, _), cost in zip(spans[:n_fixed], costs, strict=False))  # of one KV head
     tail_bytes = 4 * head_dim * capacity
     tail_parts = min(max(1, round(tail_bytes / (total + tail_bytes) * blocks / kv_heads)), -(-capacity // 64))
-    even = all(k == v == 16 for _, k, v in spans)  # then all wait for memory alone, and small parts cost 1%
 
     one_head: list[tuple[int, ...]] = [(part - tail_parts, -1, 0, TAIL, capacity, part, tail_parts)
                                        for part in range(tail_parts)]  # fmt: skip
@@ -136,6 +140,7 @@ def _divide(spans: tuple[tuple[int, int, int], ...], flushed: bool, capacity: in
     ends, large = _cuts(total, max(1, blocks // kv_heads - growing), even)
     done = 0
     for i, ((n, k_bits, v_bits), cost) in enumerate(zip(spans[:n_fixed], costs, strict=False)):
+        done += begin
         part_of = np.searchsorted(ends, done + (2 * np.arange(n) + 1) * cost / 2)  # by the middles of the chunks
         done += n * cost
         for part, first, count in zip(*np.unique(part_of, return_index=True, return_counts=True), strict=True):
@@ -164,7 +169,7 @@ def _divide(spans: tuple[tuple[int, int, int], ...], flushed: bool, capacity: in
 def _cuts(total: int, at_once: int, even: bool) -> tuple[npt.NDArray[Any], int]:
     """Where each part but the last of one KV head's `total` bytes ends, and how many parts are large; even: all are."""
     if even or total < 2 * at_once * MIN_PART:  # one wave of equal parts
-        n = max(1, min(at_once, total // MIN_PART))
+        n = max(1, min(at_once, total // (MIN_PART if even else MIN_CODED)))
         return np.arange(1, n) * (total / n), n
     share = total / at_once
     larges = LARGE * share * (1 + STAGGER * (np.arange(at_once) % 4 / 3 - 0.5))
