@@ -62,8 +62,10 @@ def check_packed(sequence):
             got = cuda_layout.unpack_codes(kind == "K", bits, C, D, stored, layout.formats)
             metadata = region(arena, meta, meta_stride, meta_bytes, span.n, G)
             if layout.formats != "rotated":
-                shared = arena[span.v_shared : span.v_shared + 4 * C * span.n].reshape(-1, 4 * C)
-                touched[span.v_shared : span.v_shared + 4 * C * span.n] |= layout.formats == "kvquant" and kind == "V"
+                shared = None
+                if layout.formats == "kvquant" and kind == "V":
+                    shared = arena[span.v_shared : span.v_shared + 4 * C * span.n].reshape(-1, 4 * C)
+                    touched[span.v_shared : span.v_shared + 4 * C * span.n] = True
                 check_family(kind, bits, x, rows, sequence, got, metadata, shared)
                 continue
             if kind == "K":
@@ -84,8 +86,8 @@ def check_packed(sequence):
 
 
 def check_family(kind, bits, x, rows, sequence, codes, metadata, shared):
-    """The stored codes and metadata (n, G, ...) of x (n, G, C, D), and what V's heads share, equal the reference's, to
-    the sign of zeros."""
+    """The stored codes and metadata (n, G, ...) of x (n, G, C, D), and what V's heads share in kvquant, equal the
+    reference's, to the sign of zeros."""
     C, D = x.shape[-2:]
     if sequence.layout.formats == "kvquant":
         check_kvquant(kind, bits, x, rows, sequence.data, codes, metadata, shared)
