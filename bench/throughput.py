@@ -172,8 +172,9 @@ def plot(figures: Sequence[dict[str, Any]], path: str) -> None:
             points = [f for f in figures if f["method"] == method]
             axes.plot([f["batch"] for f in points], [f[kind] for f in points], "-o", markersize=4, label=method)
         axes.set_xscale("log", base=2)
-        ticks = sorted({f["batch"] for f in figures})
+        ticks = [2**i for i in range(max(f["batch"] for f in figures).bit_length())]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("sequences")
         axes.set_ylabel("tokens per second")
         axes.set_ylim(bottom=0)
