@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 # Every allocation by itself, not from CuPy's pool, or memcheck would take the neighbour's bytes for the array's. It is
@@ -65,7 +65,9 @@ def main() -> int:
 
     failed, passed = 0, dict.fromkeys(args.tools, 0)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for tool, part, code, path, seconds in pool.map(run, [(t, p) for t in args.tools for p in range(args.parts)]):
+        jobs = [pool.submit(run, (tool, part)) for tool in args.tools for part in range(args.parts)]
+        for job in as_completed(jobs):  # who stops this after a while has seen all that ended by then
+            tool, part, code, path, seconds = job.result()
             output = path.read_text()
             tests = re.search(r"(\d+) passed", output)
             passed[tool] += int(tests[1]) if tests else 0
