@@ -41,6 +41,16 @@ class Submission:
         return self._course.transcript.text
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """Those that have been drawn so far."""
+        return self._ticket.ids
+
+    @property
+    def max_tokens(self) -> int:
+        """At most so many are drawn."""
+        return self._ticket.max_new
+
+    @property
     def waited_s(self) -> float:
         """Seconds that went by before the prompt was read; scoring is not counted. Part of the statistics' ttft_s."""
         return self._ticket.waited_s
@@ -54,10 +64,14 @@ class Submission:
         """End it once the step that runs is done, and give its memory back; nothing happens where it has ended."""
         self._ticket.cancel()
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until it has ended, well or not, at most so many seconds; whether it has."""
+        return self._ticket.wait(timeout)
+
     def result(self, timeout: float | None = None) -> Answer:
         """The whole answer, once it is complete; pieces can still be taken. Raises TimeoutError after so many seconds,
         and what ended the request."""
-        if not self._ticket.wait(timeout):
+        if not self.wait(timeout):
             raise TimeoutError(f"after {timeout:g} seconds the request is {self.state}")
         if self._course.answer is None:
             raise self._ticket.error or RequestCancelled("the request was cancelled")

@@ -55,6 +55,7 @@ def test_a_submitted_answer_is_that_of_ask(doc, scheduler):
         pieces, answer, asked = list(submission), submission.result(60), doc.ask(question, **chosen)
         assert "".join(pieces) == answer.text == submission.text == asked.text
         assert (answer.ids, answer.finish_reason, answer.plan) == (asked.ids, asked.finish_reason, asked.plan)
+        assert (submission.ids, submission.max_tokens) == (asked.ids, chosen["max_tokens"]) and submission.wait(0)
         assert without_times(answer.stats) == without_times(asked.stats)
         stats = submission.stats
         assert 0 <= submission.waited_s <= stats.ttft_s and stats.tpot_s > 0 and submission.state == "ended"
@@ -151,6 +152,7 @@ def test_what_ends_a_request_is_raised_where_its_answer_is_taken(doc, scheduler,
     slow = doc.submit(QUESTIONS[0], **LONG)
     with pytest.raises(TimeoutError, match="after 0 seconds the request is"):
         slow.result(0)
+    assert not slow.wait(0)
     for error, options in ((PromptError, dict(max_tokens=10**6)), (PlanError, dict(kv_bits=1)),
                            (PromptError, dict(stop=[""])), (PromptError, dict(deadline=-1.0))):
         with pytest.raises(error):
