@@ -22,9 +22,10 @@ from cocktail.cli.inputs import (
     read_text,
     sampling_options,
 )
-from cocktail.cli.loop import chat_on_terminal, complete, question, questions
+from cocktail.cli.loop import chat_on_terminal, complete, question
 from cocktail.cli.options import check, on_terminal, parser
 from cocktail.cli.output import survive_any_text
+from cocktail.cli.questions import questions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the command line shows besides the answer: a progress bar and the summary."""
+"""What the command line shows besides the answer: progress bars and the summary."""
 
 from __future__ import annotations
 
@@ -98,6 +98,48 @@ class ProgressBar:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+class ProgressBars:
+    """How far several requests are: a bar for each of them, on a terminal's stderr.
+
+    Not shown, it does nothing and imports nothing.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self._bars: Any = None
+        self._tasks: dict[int, Any] = {}
+
+    def show(self, rows: Mapping[int, tuple[str, int, int]]) -> None:
+        """rows: by request what is done for it, how much of that is done, and how much there is. Other bars go."""
+        if not self.shown:
+            return
+        if self._bars is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self._bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+                                  console=Console(stderr=True), transient=True)
+        for request in self._tasks.keys() - rows.keys():
+            self._bars.remove_task(self._tasks.pop(request))
+        for request, (text, done, total) in rows.items():
+            if request not in self._tasks:
+                self._tasks[request] = self._bars.add_task(text)
+            self._bars.update(self._tasks[request], description=text, completed=done, total=total)
+        self._bars.start()
+
+    def hide(self) -> None:
+        """Until they are shown again. While they are, rich takes what is written to stdout to their terminal, too."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.hide()
 
 
 class StageProgress:

@@ -58,7 +58,7 @@ class FakeModel:
     """Stands in for Model and Document and keeps the calls."""
 
     pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
-    backend: Any = field(default_factory=lambda: SimpleNamespace(name="cpu"))
+    backend: Any = field(default_factory=lambda: SimpleNamespace(name="cpu", free_bytes=lambda: None))
     context_ids: tuple[int, ...] = tuple(range(100))
     n_chunks: int = 3
     chunk: int = 32
@@ -69,6 +69,11 @@ class FakeModel:
         generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 9},
         rope=SimpleNamespace(kind="default")))
     context: str = ""  # of the document
+
+    @property
+    def model(self) -> FakeModel:
+        """Of the document. Its scheduler would not open: nobody says how much memory is free."""
+        return self
 
     def load(self, *args: Any, **options: Any) -> FakeModel:
         self.calls.append(("load", args, options))
