@@ -7,6 +7,7 @@ have loaded. What is captured keeps the address of cuBLAS's workspace: here one 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ class Blas:
     """A cuBLAS handle on the current GPU. Work on two streams at a time needs two."""
 
     def __init__(self) -> None:
-        self._handle = ctypes.c_void_p(int(_bindings().create()))
-        self._library = _library()
+        handle = int(_bindings().create())
+        # Not when the interpreter ends: the driver may be gone by then.
+        weakref.finalize(self, _bindings().destroy, handle).atexit = False
+        self._handle, self._library = ctypes.c_void_p(handle), _library()
         self._workspace: Array | None = None
         self._stream = -1
 

@@ -106,7 +106,8 @@ class Product:
         held = self._scratch.get(name)
         if held is None or held.nbytes < nbytes:
             self._scratch.pop(name, None)
-            held = allocate((nbytes,), np.uint8, f"prefill scratch ({name})", "use a smaller tile")
+            held = allocate((nbytes,), np.uint8, f"scratch of products ({name})",
+                            "use a smaller tile, or let fewer sequences run at once")
             self._scratch[name] = held
         return np.uint64(held.data.ptr)
 
