@@ -29,6 +29,13 @@ def allocate(shape: tuple[int, ...], dtype: npt.DTypeLike, purpose: str, hint: s
         ) from error
 
 
+def upload_bytes(table: npt.NDArray[Any], purpose: str, hint: str) -> Array:
+    """A kernel's table, of whatever dtype, as uint8; purpose and hint: as allocate's."""
+    array = allocate((table.nbytes,), U8, purpose, hint)
+    array.set(np.ascontiguousarray(table).reshape(-1).view(U8))
+    return array
+
+
 def free_bytes() -> int:
     """Bytes that the driver and CuPy's pool could still give."""
     cupy = import_cupy()

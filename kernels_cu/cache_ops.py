@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels_cu.arrays import F16, F32, I32, NULL, U8, Array, address, allocate, wide_address
+from kernels_cu.arrays import F16, F32, I32, NULL, U8, Array, address, allocate, upload_bytes, wide_address
 from kernels_cu.attention import HEAD_DIMS
 from kernels_cu.build import Spec, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
@@ -29,6 +29,7 @@ STATE_SIZE = 8  # int32 of one sequence's state, as runtime.backend has it: posi
 RING = 13056  # bytes of a warp's queue of copies: four blocks on a multiprocessor of 227 KiB
 MAX_GROUP_TURNED = 4  # at head_dim 256, where RoPE is applied when K is read
 RING_TURNED = 8704  # where RoPE's tables need shared memory too
+_MEMORY = "decode attention", "lower --kv-bits"  # what runs out of it, and what to do
 TABLES = ("cos", "sin", "k_levels", "v_levels", "k_centre", "k_half")  # of runtime.backend.FormatData
 
 
@@ -366,13 +367,11 @@ def _sequence_data(parts: Sequence[Part], kv_heads: int) -> npt.NDArray[np.int64
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    return allocate(shape, dtype, "decode attention", "lower --kv-bits")
+    return allocate(shape, dtype, *_MEMORY)
 
 
 def _upload(table: npt.NDArray[Any]) -> Array:
-    array = _allocate((table.nbytes,), U8)
-    array.set(np.ascontiguousarray(table).reshape(-1).view(np.uint8))
-    return array
+    return upload_bytes(table, *_MEMORY)
 
 
 def _ints(arena: Array, offset: int, n: int) -> Array:

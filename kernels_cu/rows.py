@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels_cu.arrays import F32, F64, I32, Array, address, allocate
+from kernels_cu.arrays import F32, F64, I32, Array, address, allocate, upload_bytes
 from kernels_cu.build import kernel
 from kernels_cu.cache_ops import STATE_SIZE
 from kernels_cu.ends import GATHER, MAX_VOCABULARY, SAMPLE_ROWS
 from kernels_cu.errors import KernelError
 
 Draws = Any  # runtime.backend.Draws
+_HINT = "let fewer sequences run at once"
 _SOURCE = np.dtype([("state", np.uint64), ("cos", np.uint64), ("sin", np.uint64), ("positions", np.int64)])
 _DRAW = np.dtype([(name, np.uint64) for name in ("options", "uniforms", "seen", "state", "ids", "fault")]
                  + [("N", np.int32), ("M", np.int32)])  # fmt: skip
@@ -40,7 +41,7 @@ class Rows:
             rows[b] = (address("options", draw.options, (5,), F64), address("uniforms", draw.uniforms, (N,), F64),
                        address("seen", draw.seen, (M,), I32), at, address("ids", draw.ids, (N,), I32),
                        faults[0].data.ptr + 4 * b, N, M)  # fmt: skip
-        self._sources, self._rows = _upload(sources), _upload(rows)
+        self._sources, self._rows = (upload_bytes(table, "a batch's table", _HINT) for table in (sources, rows))
         self._candidates: Array | None = None
 
     def gather(self, state: Array, token: Array, cos: Array, sin: Array) -> None:
@@ -56,7 +57,7 @@ class Rows:
         if self._candidates is None:
             for draw in self._draws:
                 check_draws(V, draw)
-            self._candidates = allocate((2, B, V), I32, "drawing ids", "let fewer sequences run at once")
+            self._candidates = allocate((2, B, V), I32, "drawing ids", _HINT)
         keys, left = self._candidates
         kernel(SAMPLE_ROWS)((B,), (1024,), (
             address("logits", logits, (T, V), F32), np.int32(V), np.uint64(self._rows.data.ptr),
@@ -75,9 +76,3 @@ def check_draws(vocabulary: int, draws: Draws) -> None:
         raise KernelError(f"sample: at most {MAX_VOCABULARY:,} logits, but got {vocabulary:,}; use --backend cpu")
     if N > M:
         raise KernelError(f"sample: {N} uniform numbers need room for as many ids among those seen, but it is {M}")
-
-
-def _upload(table: npt.NDArray[Any]) -> Array:
-    array = allocate((table.nbytes,), np.uint8, "a batch's table", "let fewer sequences run at once")
-    array.set(table.view(np.uint8))
-    return array
