@@ -157,11 +157,11 @@ class Model:
               exact: bool = False) -> Scheduler:
         """Opens the scheduler that `submit`, here and of documents, puts requests into; use it as a context manager.
 
-        limit: bytes that all requests may hold at once, None for nine tenths of what is free now. max_running: requests
-        that are read or answered at once. pause: seconds for which running answers may be kept waiting while prompts
-        are read. ageing: seconds of waiting that a step of priority is worth. exact: no answer's bits may depend on who
-        is answered beside it, which only happens on CUDA where more than 16 run. Raises SchedulerError where one is
-        open, BackendError on CUDA without a limit.
+        limit: bytes that all requests may hold at once, None for nine tenths of what is free now besides the weights.
+        max_running: requests that are read or answered at once. pause: seconds for which running answers may be kept
+        waiting while prompts are read. ageing: seconds of waiting that a step of priority is worth. exact: no answer's
+        bits may depend on who is answered beside it, which only happens on CUDA where more than 16 run. Raises
+        SchedulerError where one is open, BackendError on CUDA without a limit, OutOfMemory where nothing is free.
         """
         with self._opening:
             if self._scheduler is not None and not self._scheduler.closed:

@@ -24,7 +24,7 @@ from runtime.arena import ArenaLayout
 from runtime.backend import STATE_SIZE, STATE_TOKEN, Array, BatchRows
 from runtime.engine import Planned, Reading, read_in_steps
 from runtime.formats import PRE_ROPE
-from runtime.master import SharedMaster
+from runtime.master import SharedMaster, layers_at_once
 from runtime.model import Model, StepBuffers, decode_step, prefill_bytes
 from runtime.plan import Layout
 from runtime.sampler import SamplingParams
@@ -44,20 +44,23 @@ class Decoder:
         self._model = model
         self._batches: list[Batch] = []
 
-    def needs(self, layout: Layout) -> tuple[int, int]:
+    def needs(self, layout: Layout, shared: bool = False) -> tuple[int, int]:
         """Bytes of one request: what it holds until it ends (arena, RoPE tables, logits), and what only its prefill
-        holds. Both are known before the prefill."""
-        config, tokens = self._model.config, layout.prompt_tokens + layout.max_new
+        holds. Both are known before the prefill. shared: whether it has a master."""
+        config, backend, tokens = self._model.config, self._model.backend, layout.prompt_tokens + layout.max_new
         rope = 4 * config.head_dim * tokens * (2 if layout.formats in PRE_ROPE else 1)  # in an order of their own too
         seen = 4 * tokens + 12 * layout.max_new  # with draws and uniforms
         row = 4 * (config.vocab_size + config.hidden_size + 2 * config.n_heads * config.head_dim
                    + config.intermediate_size)
         # Rows of the prefill's end, of a step by itself and of one in a batch; states and positions are below 1 KiB.
         return (ArenaLayout(layout).nbytes + rope + seen + 3 * row + 1024,
-                prefill_bytes(config, layout.prompt_tokens, self._model.backend.prefill_tile))
+                prefill_bytes(config, layout.prompt_tokens, backend.prefill_tile, layers_at_once(backend, shared)))
 
     def free_bytes(self) -> int | None:
-        return self._model.backend.free_bytes()
+        """Besides the weights. Who tells is the CPU's backend, where those lie in a mapped file: its memory counts as
+        free, but every step reads all of it."""
+        free = self._model.backend.free_bytes()
+        return None if free is None else free - self._model.weights.nbytes
 
     def read(self, prompt: Sequence[int], plan: Planned,
              master: SharedMaster | None) -> Generator[tuple[int, int], None, Reading]:

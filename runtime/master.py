@@ -81,9 +81,8 @@ class Exchange:
                  kept: Master | None) -> None:
         """shape: (G, S, D), of all rows of the prompt."""
         self._backend, self._layers, self._known, self._kept = backend, layers, known, kept
-        self._ahead = int(backend.asynchronous and (known is not None or kept is not None))
         self._buffers = [(backend.empty(shape, np.float16), backend.empty(shape, np.float16))
-                         for _ in range(1 + self._ahead)]
+                         for _ in range(layers_at_once(backend, known is not None or kept is not None))]
         self._coming: dict[int, Callable[[], None]] = {}
         self._going: dict[int, Callable[[], None]] = {}
 
@@ -93,7 +92,7 @@ class Exchange:
             self._bring(0)
         self._wait(self._coming, layer)
         self._wait(self._going, layer - len(self._buffers))
-        if self._ahead:
+        if len(self._buffers) > 1:
             self._bring(layer + 1)
         elif layer:
             self._bring(layer)
@@ -122,6 +121,11 @@ class Exchange:
     def _wait(copies: dict[int, Callable[[], None]], layer: int) -> None:
         if layer in copies:
             copies.pop(layer)()
+
+
+def layers_at_once(backend: Backend, shared: bool) -> int:
+    """Of how many layers a prefill has K and V on the device; shared: whether some come from a master or go to one."""
+    return 2 if shared and backend.asynchronous else 1
 
 
 class SharedMaster:

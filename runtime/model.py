@@ -117,11 +117,11 @@ def prefill(model: Model, ids: Sequence[int], rope: tuple[Array, Array], caches:
         backend.logits(x[n - 1 - begin :], model.weights.norm, config.rms_norm_eps, model.weights.head, logits)
 
 
-def prefill_bytes(config: ModelConfig, tokens: int, tile: int) -> int:
-    """What `prefill` allocates beside the caches, at most: hidden states of all tokens, K and V of one layer, what a
-    tile's rows go through."""
+def prefill_bytes(config: ModelConfig, tokens: int, tile: int, layers: int = 1) -> int:
+    """What `prefill` allocates beside the caches, at most: hidden states of all tokens, K and V of so many layers
+    (runtime.master.layers_at_once), what a tile's rows go through."""
     wide = 2 * config.n_heads * config.head_dim + config.intermediate_size  # q, attended, hidden
-    kv = 2 * config.n_kv_heads * config.head_dim
+    kv = 2 * config.n_kv_heads * config.head_dim * layers
     return tokens * (4 * config.hidden_size + 2 * kv + 8) + 4 * wide * min(tokens, tile + tile // 8)
 
 

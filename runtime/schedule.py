@@ -33,7 +33,7 @@ class Device(Protocol):
 
     batch: int
 
-    def needs(self, layout: Layout) -> tuple[int, int]: ...
+    def needs(self, layout: Layout, shared: bool) -> tuple[int, int]: ...
 
     def read(self, prompt: tuple[int, ...], plan: Planned,
              master: SharedMaster | None) -> Generator[tuple[int, int], None, Reading]: ...
@@ -87,7 +87,7 @@ class Schedule:
 
     def add(self, request: Request) -> Entry:
         """Put it in line. Raises OutOfMemory where it can never fit, SchedulerError."""
-        held, scratch = self._device.needs(request.plan.layout)
+        held, scratch = self._device.needs(request.plan.layout, request.master is not None)
         if held + scratch > self.limit:
             raise OutOfMemory(f"the request needs {held:,} bytes and {scratch:,} while it is read; the limit is "
                               f"{self.limit:,}: a lower --kv-bits, a shorter context or a smaller --max-tokens needs "

@@ -14,20 +14,14 @@ import tiny_model
 from cuda_backend import BACKEND, OTHERS
 from cuda_sequence import Sequence
 from test_cuda_cache import check_batch
+from varied_requests import POLICIES, QUESTIONS, SAMPLINGS, TEXT, request_for
 
 import cocktail
 from runtime.batch import Decoder, TakesTurns
 from runtime.engine import read
-from runtime.request import Request
 from runtime.sampler import SamplingParams
 from runtime.scheduler import Scheduler
 
-TEXT = "The cracked iron pan was mended by Odo Farrant in the spring of 1843, says the ledger of the ferry. "
-QUESTIONS = ("Who mended the pan?", "When?", "Where does the ledger lie, and who keeps it now?")
-POLICIES = (dict(policy="budget", kv_bits=4), dict(policy="fp16"), dict(policy="kivi"), dict(policy="atom"),
-            dict(policy="uniform", tier="K4V2"), dict(scorer="attention", kv_bits=5))
-SAMPLINGS = (SamplingParams(), SamplingParams(temperature=0.9, seed=3),
-             SamplingParams(repetition_penalty=1.4, top_k=7, temperature=0.5, seed=5))
 LIMIT = 10**9
 TOLERANCE = 2e-3  # of logits, relative
 
@@ -36,14 +30,6 @@ TOLERANCE = 2e-3  # of logits, relative
 def model(tmp_path_factory):
     return cocktail.load(tiny_model.save_tiny_model(tmp_path_factory.mktemp("model"), dtype=np.float16, head_dim=64),
                          backend="cuda")
-
-
-def request_for(model, i: int, **changes) -> Request:
-    """The i-th of a varied lot: other lengths, policies, sampling and questions."""
-    doc = model.read(TEXT * (2 + 3 * (i % 4)), chunk=16, keep=False)
-    question, max_new = QUESTIONS[i % len(QUESTIONS)], 3 + 5 * (i % 5)
-    plan = doc.pending(question, max_tokens=max_new, **POLICIES[i % len(POLICIES)])
-    return replace(Request(doc.prompt(question), plan, max_new, SAMPLINGS[i % len(SAMPLINGS)]), **changes)
 
 
 def members_of(model, requests):

@@ -54,7 +54,7 @@ class Device:
     def clock(self) -> float:
         return self.now
 
-    def needs(self, layout):
+    def needs(self, layout, shared):
         return HELD * layout.prompt_tokens, SCRATCH * layout.prompt_tokens
 
     def read(self, prompt, plan, master):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_model
 from numpy_backend import NumpyBackend
+from varied_requests import request_for
 
 import cocktail
 from kernels_c import cache_ops
@@ -27,18 +28,12 @@ from runtime.errors import (
     RequestCancelled,
     SchedulerError,
 )
+from runtime.master import Exchange, Master
 from runtime.model import Model
 from runtime.request import Request
 from runtime.sampler import SamplingParams
 from runtime.scheduler import Scheduler
 from runtime.weights import load_weights
-
-TEXT = "The cracked iron pan was mended by Odo Farrant in the spring of 1843, says the ledger of the ferry. "
-QUESTIONS = ("Who mended the pan?", "When?", "Where does the ledger lie, and who keeps it now?")
-POLICIES = (dict(policy="budget", kv_bits=4), dict(policy="fp16"), dict(policy="kivi"), dict(policy="atom"),
-            dict(policy="uniform", tier="K4V2"), dict(scorer="attention", kv_bits=5))
-SAMPLINGS = (SamplingParams(), SamplingParams(temperature=0.9, seed=3),
-             SamplingParams(repetition_penalty=1.4, top_k=7, temperature=0.5, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +44,6 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(path):
     return cocktail.load(path, backend="cpu", threads=1)
-
-
-def request_for(model, i: int, **changes) -> Request:
-    """The i-th of a varied lot: other lengths, policies, sampling and questions."""
-    doc = model.read(TEXT * (2 + 3 * (i % 4)), chunk=16, keep=False)
-    question, max_new = QUESTIONS[i % len(QUESTIONS)], 3 + 5 * (i % 5)
-    plan = doc.pending(question, max_tokens=max_new, **POLICIES[i % len(POLICIES)])
-    return replace(Request(doc.prompt(question), plan, max_new, SAMPLINGS[i % len(SAMPLINGS)]), **changes)
 
 
 def alone(model, request: Request) -> list[int]:
@@ -263,6 +250,9 @@ def test_the_limit_is_measured_or_given(model, monkeypatch):
         assert outcome(scheduler.submit(request)) == alone(model, request)
     with pytest.raises(SchedulerError, match="max_running is 0"):
         Scheduler(model.engine, max_running=0)
+    monkeypatch.setattr(model.backend, "free_bytes", lambda: model.weights_bytes)
+    with pytest.raises(OutOfMemory, match="besides the weights"):
+        Scheduler(model.engine)
     monkeypatch.setattr(model.backend, "free_bytes", lambda: None)
     with pytest.raises(BackendError, match="give the scheduler a limit"):
         Scheduler(model.engine)
@@ -315,6 +305,19 @@ def test_an_ended_request_holds_no_cache(model, monkeypatch):
             assert len(arenas) == len(errors) and all(ref() is None for ref in arenas)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("asynchronous", "layers"), [(False, 1), (True, 2)])
+def test_a_layer_that_is_copied_beside_computing_counts(model, asynchronous, layers):
+    backend, layout = NumpyBackend(asynchronous=asynchronous), request_for(model, 1).plan.layout
+    engine = replace(model.engine, backend=backend)
+    config, shape = engine.config, (engine.config.n_kv_heads, layout.prompt_tokens, engine.config.head_dim)
+    alone, shared = (Decoder(engine).needs(layout, shared)[1] for shared in (False, True))
+    master = Master.empty(backend, config, layout.prompt_tokens, "memory")
+    for kept, needs, expected in ((None, alone, 1), (master, shared, layers)):
+        buffers = Exchange(backend, shape, config.n_layers, None, kept)._buffers
+        assert len(buffers) == expected
+        assert needs - alone == (expected - 1) * sum(array.nbytes for array in buffers[0])
 
 
 def test_what_a_request_needs_is_what_it_allocates(model, monkeypatch):

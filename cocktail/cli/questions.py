@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from cocktail.cli.loop import answered
 from cocktail.cli.output import report
-from runtime.errors import CocktailError, OutOfMemory, PromptError
+from runtime.errors import BackendError, CocktailError, OutOfMemory, PromptError
 
 if TYPE_CHECKING:
-    from cocktail import Answer, Document, Model, Plan, Submission, Verification
+    from cocktail import Answer, Document, Model, Plan, Scheduler, Submission, Verification
 
 AHEAD = 32  # questions in the scheduler, or done behind one that is not: 16 run, the others' plans are made meanwhile
 TICK = 0.1  # seconds between two looks at how far they are, where that is shown
@@ -36,11 +36,13 @@ def questions(document: Document, options: argparse.Namespace, queries: Sequence
     # - --report shows the times of an answer, which have to be its own;
     # - memory is free for no more than the weights, or nobody says how much is free, as on CUDA, where moreover the
     #   last bits of a batch's logits are not those of an answer alone.
-    lines, room = _Lines(options), _room(document.model)
-    if options.verify or options.report is not None or room < 1:
+    lines = _Lines(options)
+    scheduler = None if options.verify or options.report is not None else _scheduler(document.model)
+    if scheduler is None:
         code = _in_turn(document, options, queries, settings, lines)
     else:
-        code = _together(document, options, queries, settings, lines, room)
+        with scheduler:
+            code = _together(document, options, queries, settings, lines)
     if not code and lines.failed:
         raise PromptError(f"{lines.failed} of {len(queries)} questions could not be answered; their lines say why")
     return code
@@ -91,15 +93,13 @@ def _in_turn(document: Document, options: argparse.Namespace, queries: Sequence[
 
 
 def _together(document: Document, options: argparse.Namespace, queries: Sequence[str], settings: dict[str, Any],
-              lines: _Lines, room: int) -> int:
+              lines: _Lines) -> int:
     """Among one another, in the model's scheduler. Ctrl-C passes through; the lines of all that had ended are written
-    before, and the others are cancelled. room: bytes for their caches."""
+    before, and the others are cancelled."""
     from cocktail.summary import ProgressBars
 
     submit = partial(_submit, document, {name: value for name, value in settings.items() if name != "stream"})
-    # Nobody reads along, so running answers may wait for prompts: the more of them are read, the more decode together.
-    with (document.model.serve(limit=room, pause=inf),
-          ProgressBars(shown=sys.stderr.isatty() and not options.quiet) as bars):
+    with ProgressBars(shown=sys.stderr.isatty() and not options.quiet) as bars:
         asked, waiting = deque([submit(0, queries[0])]), deque(enumerate(queries[1:], 1))
         if isinstance(asked[0].course, OutOfMemory):  # beside all of the weights; a question by itself may drop some
             return _in_turn(document, options, queries, settings, lines)
@@ -157,11 +157,13 @@ class _Asked:
         return None
 
 
-def _room(model: Model) -> int:
-    """Bytes for caches: nine tenths of what is free, less the weights. Those lie in a mapped file, whose memory counts
-    as free, but every step reads all of them. 0 where it is not known what is free."""
-    free = model.backend.free_bytes()
-    return 0 if free is None else free * 9 // 10 - model.weights_bytes
+def _scheduler(model: Model) -> Scheduler | None:
+    """None where memory is free for no more than the weights, or it is not known how much is. Nobody reads along, so
+    running answers may wait for prompts: the more of them are read, the more decode together."""
+    try:
+        return model.serve(pause=inf)
+    except (BackendError, OutOfMemory):
+        return None
 
 
 def _submit(document: Document, settings: dict[str, Any], number: int, query: str) -> _Asked:
