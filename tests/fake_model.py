@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
-from runtime.errors import CheckpointError
+from runtime.errors import BackendError, CheckpointError
 from runtime.plan import DocumentShape, Plan, Tier
 
 STATS = {
@@ -58,7 +58,7 @@ class FakeModel:
     """Stands in for Model and Document and keeps the calls."""
 
     pieces: list[Any] = field(default_factory=lambda: ["Odo ", "Farrant"])
-    backend: Any = field(default_factory=lambda: SimpleNamespace(name="cpu", free_bytes=lambda: None))
+    backend: Any = field(default_factory=lambda: SimpleNamespace(name="cpu"))
     context_ids: tuple[int, ...] = tuple(range(100))
     n_chunks: int = 3
     chunk: int = 32
@@ -72,8 +72,11 @@ class FakeModel:
 
     @property
     def model(self) -> FakeModel:
-        """Of the document. Its scheduler would not open: nobody says how much memory is free."""
+        """Of the document."""
         return self
+
+    def serve(self, **options: Any) -> NoReturn:
+        raise BackendError("how much memory is free is not known")
 
     def load(self, *args: Any, **options: Any) -> FakeModel:
         self.calls.append(("load", args, options))
