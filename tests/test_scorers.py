@@ -202,6 +202,25 @@ def test_embeddings_of_another_number_or_size_are_refused() -> None:
             stubbed([1.0, 0.0], chunks).score(["a", "b"], "q")
 
 
+def test_no_thread_goes_on_when_the_scores_are_there() -> None:
+    """BLAS's threads spin behind a product of this size, on cores that the tokenizer and the prefill want."""
+    script = (
+        "import time\n"
+        "import numpy as np\n"
+        "from cocktail.scorers.embeddings import EmbeddingScorer\n"
+        "embeddings = np.random.default_rng(0).standard_normal((1025, 768), np.float32)\n"
+        "scorer = EmbeddingScorer('fixed', lambda texts, queries: embeddings[1024:] if queries else embeddings[:1024])\n"
+        "np.ones((1024, 768)) @ np.ones(768)  # the threads are there\n"
+        "time.sleep(0.5)\n"
+        "begin = time.process_time() - time.thread_time()\n"
+        "scorer.score([''] * 1024, '')\n"
+        "time.sleep(0.1)\n"
+        "print(time.process_time() - time.thread_time() - begin)\n")
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.01, "seconds of other threads"
+
+
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
 def test_damaged_folder_is_a_scorer_error(tmp_path: Path, content: str | None) -> None:
     if content is not None:
