@@ -209,7 +209,7 @@ def test_no_thread_goes_on_when_the_scores_are_there() -> None:
         "import numpy as np\n"
         "from cocktail.scorers.embeddings import EmbeddingScorer\n"
         "embeddings = np.random.default_rng(0).standard_normal((1025, 768), np.float32)\n"
-        "scorer = EmbeddingScorer('fixed', lambda texts, queries: embeddings[1024:] if queries else embeddings[:1024])\n"
+        "scorer = EmbeddingScorer('fixed', lambda texts, queries: embeddings[1024 * queries :][: len(texts)])\n"
         "np.ones((1024, 768)) @ np.ones(768)  # the threads are there\n"
         "time.sleep(0.5)\n"
         "begin = time.process_time() - time.thread_time()\n"
