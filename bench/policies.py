@@ -13,7 +13,11 @@ with the captured graph and whatever a policy packs while decoding.
 
 kvtuner has one K4V4 layer in four and K4V2 else: 3.25 bits of codes, as in its paper. cocktail has scores that are
 normally distributed: the thresholds then take the bits that they take with an encoder on real text. A budget given as
-NAME=BITS is what reaches the quality of policy NAME (bench.quality), and is held against it.
+NAME=BITS is what reaches the quality of policy NAME (bench.quality prints such bits), and is held against it.
+
+--pairs: budgets go by the losses of a file that cocktail.tune made, in use that of the model itself. No file is known
+for these shapes, so that another model's stands in: layer l of n takes what is said of its layer round(l * (m - 1) /
+(n - 1)) of m. The file's own pairs, spread in the same way, are one more policy, kvtuner-file.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import cupy
 import numpy as np
@@ -46,7 +50,7 @@ from bench.gpu import (
 )
 from bench.report import describe_run, emit, print_table, progress, some_of, verdict
 from cocktail.policies import load_policy
-from cocktail.policies.pairs import LayerPairs, fingerprint
+from cocktail.policies.pairs import LayerLosses, LayerPairs, fingerprint
 from kernels_cu.backend import CudaBackend
 from runtime.arena import ArenaLayout
 from runtime.cache import Cache
@@ -59,9 +63,11 @@ from runtime.model import Model
 from runtime.plan import DocumentShape, Layout, Plan, Tier
 from runtime.sampler import SamplingParams
 
+T = TypeVar("T")
 CONTEXTS, STEPS = (4096, 32768), 32
 BUDGETS = ("3.3", "3.8")
 EXACT, EIGHT_BITS, PAIRS, PAPERS, IN_PLACE = "fp16", "K8V8", "kvtuner", "cocktail", "cocktail-in-place"
+FROM_FILE = "kvtuner-file"
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     EXACT: ("fp16", {}),
     EIGHT_BITS: ("uniform", {"tier": "K8V8"}),
@@ -71,6 +77,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "atom": ("atom", {}),
     "kvquant-4": ("kvquant", {"bits": 4, "calibration": True}),
     PAIRS: ("kvtuner", {"pairs": True}),
+    FROM_FILE: ("kvtuner", {}),
     PAPERS: ("cocktail", {}),
     IN_PLACE: ("cocktail", {"no_reorder": True}),
 }
@@ -80,6 +87,14 @@ PAIR_CYCLE = (Tier(4, 4), Tier(4, 2), Tier(4, 2), Tier(4, 2))
 PAPER_SAVED = {"total": ("memory", "12-42%"), "tpot": ("TPOT", "32-52%")}
 PAPER_NO_REORDER = 29653 / 15201, 20.6 / 13.7
 PAPER_PAIRS = 0.21
+
+
+@dataclass(frozen=True)
+class PairsFile:
+    """What --pairs names."""
+
+    pairs: LayerPairs
+    losses: LayerLosses
 
 
 @dataclass(frozen=True)
@@ -115,19 +130,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = replace(model, config=ModelConfig.from_json(
             {**SHAPES[name], "max_position_embeddings": max(args.contexts) + 1024}))
         for context in args.contexts:
-            found = measure(model, name, context, args.policies, args.budgets, read_rate(rates), before)
+            found = measure(model, name, context, args.policies, args.budgets, read_rate(rates), before, args.pairs)
             report(name, context, found, args.budgets)
             figures += found
     emit({"bench": "policies", "run": describe_run(), "device": device, "rates": rates, "budgets": args.budgets,
-          "figures": [asdict(figure) for figure in figures]}, args.json)
+          "pairs": args.pairs and args.pairs.pairs.source, "figures": [asdict(figure) for figure in figures]},
+         args.json)
 
 
 def measure(model: Model, name: str, context: int, policies: Sequence[str], budgets: dict[str, float], rate: float,
-            before: int) -> list[Figure]:
-    """One figure per policy and budget, in that order."""
+            before: int, file: PairsFile | None = None) -> list[Figure]:
+    """One figure per policy and budget, in that order. file: of a model with any number of layers."""
     shape, figures = shape_of(model.config, context, WARM_STEPS + STEPS + 1), []
-    wanted = [(policy, *POLICIES[policy]) for policy in policies]
-    wanted += [(f"budget {label}", "budget", {"kv_bits": bits}) for label, bits in budgets.items()]
+    given = {} if file is None else {FROM_FILE: {"pairs": spread_pairs(file.pairs, shape.n_layers)},
+                                     "budget": {"pairs": spread_losses(file.losses, shape.n_layers)}}
+    wanted = [(policy, kind, options | given.get(policy, {})) for policy in policies
+              for kind, options in [POLICIES[policy]]]
+    wanted += [(f"budget {label}", "budget", {"kv_bits": bits} | given.get("budget", {}))
+               for label, bits in budgets.items()]
     with tempfile.TemporaryDirectory() as folder:
         for label, policy, options in wanted:
             figure = Figure(name, context, label)
@@ -145,7 +165,7 @@ def measure(model: Model, name: str, context: int, policies: Sequence[str], budg
 def plan_of(model: Model, shape: DocumentShape, policy: str, options: dict[str, Any], folder: Path) -> Plan:
     """The policy's Plan for scores that are normally distributed."""
     given = dict(options)
-    if "pairs" in given:
+    if given.get("pairs") is True:
         cycle = tuple(PAIR_CYCLE[layer % len(PAIR_CYCLE)] for layer in range(shape.n_layers))
         given["pairs"] = LayerPairs(cycle, {}, "3.25 bits")
     if "calibration" in given:
@@ -154,6 +174,22 @@ def plan_of(model: Model, shape: DocumentShape, policy: str, options: dict[str, 
     quantiles = [NormalDist().inv_cdf((i + 0.5) / shape.n_chunks) for i in range(shape.n_chunks)]
     scores = np.random.default_rng(0).permutation(quantiles).astype(np.float32)
     return chosen.plan(shape, scores if chosen.uses_scores else None)
+
+
+def spread_pairs(found: LayerPairs, n_layers: int) -> LayerPairs:
+    """For any model of n_layers."""
+    return LayerPairs(spread(found.pairs, n_layers), {}, f"{found.source} over {n_layers} layers")
+
+
+def spread_losses(found: LayerLosses, n_layers: int) -> LayerLosses:
+    """For any model of n_layers."""
+    k, v = ({width: spread(row, n_layers) for width, row in side.items()} for side in (found.k, found.v))
+    return LayerLosses(k, v, {}, f"{found.source} over {n_layers} layers")
+
+
+def spread(rows: Sequence[T], n: int) -> tuple[T, ...]:
+    """n of them, from the first to the last, evenly."""
+    return tuple(rows[round(i * (len(rows) - 1) / max(n - 1, 1))] for i in range(n))
 
 
 def calibration_file(model: Model, path: Path) -> Path:
@@ -285,12 +321,27 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"of {', '.join(SHAPES)} (all)")
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")],
                         default=[*CONTEXTS], metavar="LIST", help="context tokens (4096,32768)")
-    parser.add_argument("--policies", type=some_of(POLICIES), default=[*POLICIES], metavar="LIST",
-                        help=f"of {', '.join(POLICIES)} (all)")
+    parser.add_argument("--policies", type=some_of(POLICIES), metavar="LIST",
+                        help=f"of {', '.join(POLICIES)} (all; {FROM_FILE} with --pairs only)")
     parser.add_argument("--budgets", type=_budgets, default=_budgets(",".join(BUDGETS)), metavar="LIST",
                         help="bits per value, or POLICY=BITS for those that match a policy's quality (3.3,3.8)")
+    parser.add_argument("--pairs", type=_pairs_file, metavar="FILE",
+                        help="each layer's losses for the budgets, and pairs, of another model (python -m cocktail."
+                        "tune), spread over the layers: they stand in for the shape's own")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.policies is None:
+        args.policies = [policy for policy in POLICIES if args.pairs or policy != FROM_FILE]
+    elif FROM_FILE in args.policies and not args.pairs:
+        parser.error(f"{FROM_FILE} reads a file: give --pairs FILE")
+    return args
+
+
+def _pairs_file(path: str) -> PairsFile:
+    try:
+        return PairsFile(LayerPairs.load(path), LayerLosses.load(path))
+    except CocktailError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _budgets(text: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What bench.policies computes without a GPU: plans, bytes of a step, options, conclusions."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'cocktail
 import cocktail
 from bench import policies
 from bench.gpu import PREFIX, SHAPES, SUFFIX, shape_of
-from bench.policies import EIGHT_BITS, EXACT, IN_PLACE, PAIRS, PAPERS, POLICIES, Figure
-from cocktail.policies import POLICIES as KNOWN
+from bench.policies import EIGHT_BITS, EXACT, FROM_FILE, IN_PLACE, PAIRS, PAPERS, POLICIES, Figure
 from runtime.arena import ArenaLayout
 from runtime.config import ModelConfig
 
@@ -27,7 +27,7 @@ def plan_of(name, tmp_path, tokens=4096):
     return policies.plan_of(MODEL, shape_of(CONFIG, tokens, 41), policy, options, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name, (policy, _) in POLICIES.items() if policy in KNOWN])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != FROM_FILE])
 def test_every_policy_has_a_plan_whose_step_reads_what_it_stores(name, tmp_path, monkeypatch):
     monkeypatch.setattr(policies, "fingerprint", lambda model: "0123456789abcdef")
     plan = plan_of(name, tmp_path)
@@ -52,6 +52,33 @@ def test_what_the_plans_keep(tmp_path):
     assert counts["K2V2"] > counts["K4V4"] > counts["FP16"] >= 1
 
 
+def test_a_file_of_another_model_is_spread_over_the_layers(tmp_path):
+    """Its first layer is this one's first, its last one the last; its losses make plans of as many bits as without."""
+    file = policies._pairs_file(pairs_file(tmp_path, 5))
+    assert [str(pair) for pair in policies.spread_pairs(file.pairs, 7).pairs] == [
+        "K2V2", "K2V3", "K2V3", "K3V2", "K3V4", "K3V4", "K4V4"]
+    assert policies.spread_losses(file.losses, 3).k[2] == (0.5, 0.25, 0.125)
+    assert policies.spread((1, 2, 3), 1) == (1,) and policies.spread((1,), 3) == (1, 1, 1)
+    shape = shape_of(CONFIG, 4096, 41)
+    spread = policies.spread_losses(file.losses, shape.n_layers)
+    with_file, without = (policies.plan_of(MODEL, shape, "budget", {"kv_bits": 3.3} | given, tmp_path).layout
+                          for given in ({"pairs": spread}, {}))
+    assert len(set(with_file.counts)) > 1 == len(set(without.counts))
+    assert ArenaLayout(with_file).context_bits_per_value == pytest.approx(
+        ArenaLayout(without).context_bits_per_value, abs=0.01)
+
+
+def pairs_file(folder, layers):
+    """Of some other model: the earlier a layer, the more it loses, and the fewer bits it has."""
+    pairs = ["K2V2", "K2V3", "K3V2", "K3V4", "K4V4"]
+    losses = [0.5 / 2 ** (layer / 2) for layer in range(layers)]
+    side = {str(width): [loss * 4.0 ** (2 - width) for loss in losses] for width in (2, 3, 4, 8)}
+    path = folder / "pairs.json"
+    path.write_text(json.dumps({"version": 1, "pairs": pairs[:layers], "losses": {"K": side, "V": side},
+                                "model": {"n_layers": layers, "fingerprint": "of another model"}}))
+    return str(path)
+
+
 def test_an_arena_is_packed_and_decoded_without_a_prompt(tmp_path, monkeypatch):
     """On the CPU, with NumPy in CuPy's place."""
     model = cocktail.load(tiny_model.save_tiny_model(tmp_path), backend="cpu", threads=1).engine
@@ -61,9 +88,10 @@ def test_an_arena_is_packed_and_decoded_without_a_prompt(tmp_path, monkeypatch):
         cuda=SimpleNamespace(runtime=SimpleNamespace(memGetInfo=lambda: (next(free), 0)))))
     monkeypatch.setattr(policies, "release", lambda: None)
     monkeypatch.setattr(policies, "unread_weights", lambda model: 0)
-    figures = policies.measure(model, "tiny", 300, [EXACT, "K4V4", PAIRS, IN_PLACE], {"5": 5.0, "0.1": 0.1}, 1e9,
-                               2 * 10**9)
-    assert [figure.policy for figure in figures] == [EXACT, "K4V4", PAIRS, IN_PLACE, "budget 5", "budget 0.1"]
+    figures = policies.measure(model, "tiny", 300, [EXACT, "K4V4", PAIRS, FROM_FILE, IN_PLACE],
+                               {"5": 5.0, "0.1": 0.1}, 1e9, 2 * 10**9, policies._pairs_file(pairs_file(tmp_path, 5)))
+    assert [figure.policy for figure in figures] == [EXACT, "K4V4", PAIRS, FROM_FILE, IN_PLACE, "budget 5",
+                                                     "budget 0.1"]
     assert "expected at least" in figures.pop().error
     for figure in figures:
         assert not figure.error
@@ -98,11 +126,15 @@ def test_a_policy_without_figures_says_why(capsys):
     assert "1.11" in next(line for line in lines if line.startswith("| fp16"))
 
 
-def test_options():
+def test_options(tmp_path):
     args = policies._arguments(["--budgets", "3.3,kivi-4=2.95", "--contexts", "4096", "--shapes", "mistral-7b"])
     assert args.budgets == {"3.3": 3.3, "kivi-4 = 2.95": 2.95}
-    assert (args.contexts, args.shapes, args.policies) == ([4096], ["mistral-7b"], [*POLICIES])
-    for wrong in (["--budgets", "int4=3"], ["--budgets", "much"], ["--policies", "gguf"]):
+    assert (args.contexts, args.shapes) == ([4096], ["mistral-7b"])
+    assert args.policies == [policy for policy in POLICIES if policy != FROM_FILE]
+    file = pairs_file(tmp_path, 3)
+    assert policies._arguments(["--pairs", file]).policies == [*POLICIES]
+    for wrong in (["--budgets", "int4=3"], ["--budgets", "much"], ["--policies", "gguf"], ["--policies", FROM_FILE],
+                  ["--pairs", f"{file}.missing"]):
         with pytest.raises(SystemExit):
             policies._arguments(wrong)
     # Shapes of equal sizes share their weights.
