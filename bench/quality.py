@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from bench import quality_report as report
 from bench.prompts import MAX_TOKENS, build_prompts
-from bench.quality_plots import plot_quality, plot_sweep
+from bench.quality_plots import figure_class, plot_quality, plot_sweep
 from bench.quality_run import Found, Machine, append_sample, measure_all, read_samples, resume_samples
 from bench.quality_settings import BITS, CONTROLS, GROUPS, RELEVANCE, Choice, Setting, main_settings
 from bench.quality_sweeps import SWEEPS, Sweep, sweep_of
@@ -38,6 +38,8 @@ CUDA_JOBS = 8  # processes on one GPU
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
+    if args.plot:
+        figure_class()
     begin, run = time.perf_counter(), describe_run()
     sweep = sweep_of(args.sweep, _relevance(args)) if args.sweep else None
     found: dict[int, Found] = {}
@@ -96,6 +98,7 @@ def _print(rows: Sequence[report.Row], samples: report.Samples, sweep: Sweep | N
     report.print_prompts(samples)
     if sweep is None:
         report.print_matched(samples, rows)
+        report.print_bits(rows)
         report.print_scorers(samples, rows)
         print()
         for name, goal in report.goals(samples, rows).items():

@@ -57,12 +57,17 @@ def plot_sweep(points: Sequence[tuple[str, Sequence[tuple[float, Row]]]], label:
     _save(figure, axes, path)
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def figure_class() -> Any:
+    """Matplotlib's Figure. SystemExit where there is none: bench.quality asks before it measures for an hour."""
     try:
         from matplotlib.figure import Figure  # no backend, no window
     except ImportError as error:
         raise SystemExit("plots need matplotlib: pip install matplotlib, or leave --plot out") from error
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    return Figure
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    figure = figure_class()(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,18 @@ def at_bytes(curve: Sequence[tuple[float, float]], bpv: float) -> float | None:
     return float(np.exp(np.interp(bpv, x, np.log(y))))
 
 
+def bits_at(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
+    """The fewest bits at which a curve of (bpv, KL) points reaches that KL: the inverse of at_bytes. The first point's,
+    which is no worse, where even that reaches it; None where the last one does not."""
+    points = sorted(curve)
+    if points and points[0][1] <= kl:
+        return points[0][0]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 <= kl:
+            return float(x0 + (x1 - x0) * np.log(y0 / kl) / np.log(y0 / y1))
+    return None
+
+
 def best_at_most(rows: Sequence[Row], bpv: float) -> Row | None:
     """The row of the least KL among those that take no more bits; None where all take more."""
     return min((row for row in rows if row["bpv"] <= bpv), key=lambda row: row["kl"], default=None)
@@ -143,15 +156,32 @@ def print_scorers(samples: Samples, rows: Sequence[Row]) -> None:
                     sorted(lines, key=lambda line: (line[0].split("/")[0], float(line[2]))))
 
 
+def print_bits(rows: Sequence[Row]) -> None:
+    """The bits at which each of the budget's curves reaches each method's KL, rounded up; '<' where its first point is
+    better already. They are what bench.policies --budgets METHOD=BITS takes."""
+    curves = {name: curve for pairs in (False, True) for scorer in RELEVANCE
+              if len(curve := _curve(rows, scorer, pairs)) > len(COMPARED_BITS)
+              for name in [f"{BUDGETS[pairs]}/{scorer}"]}
+    lines = []
+    for row in rows:
+        if row["policy"] in ("fp16", "budget"):
+            continue
+        found = [(min(curve)[0], bits_at(curve, row["kl"])) for curve in curves.values()]
+        lines.append([row["setting"], f"{row['bpv']:.2f}", f"{row['kl']:.4f}", *(
+            "" if bits is None else f"{'< ' if bits == first else ''}{np.ceil(100 * bits - 1e-9) / 100:.2f}"
+            for first, bits in found)])
+    if curves and lines:
+        print("\nBits per value at which the budget has a method's KL:\n")
+        print_table(["method", "bpv", "KL", *curves], lines)
+
+
 def goals(samples: Samples, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Verdicts by name: {"text", "met"}; only of what was measured."""
     by_name = {row["setting"]: row for row in rows}
     found: dict[str, dict[str, Any]] = {}
     for row in _budgets(rows, GOAL_BPV):
         found[row["setting"]] = _budget_goal(row, by_name["fp16"], samples)
-    curves = [[(row["bpv"], row["kl"]) for row in rows if row["policy"] == "budget" and row["scorer"] == CURVE
-               and not row["match"] and ("pairs" in row["options"]) == pairs] for pairs in (True, False)]
-    curve = next(filter(None, curves), None)  # with a file, where there is one
+    curve = _curve(rows, CURVE, True) or _curve(rows, CURVE, False)  # with a file, where there is one
     for row in rows:
         if curve and row["policy"] not in ("fp16", "budget"):
             found[f"curve below {row['setting']}"] = _curve_goal(curve, row)
@@ -174,6 +204,12 @@ def goals(samples: Samples, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             else:
                 found[f"{name}"] = {"text": f"{text} (no goal)"}
     return found
+
+
+def _curve(rows: Sequence[Row], scorer: str, pairs: bool) -> list[tuple[float, float]]:
+    """(bpv, KL) of the budgets that are given in bits, with or without a pairs file."""
+    return [(row["bpv"], row["kl"]) for row in rows if row["policy"] == "budget" and row["scorer"] == scorer
+            and not row["match"] and ("pairs" in row["options"]) == pairs]
 
 
 def _budgets(rows: Sequence[Row], bits: float) -> list[Row]:

@@ -66,13 +66,13 @@ def measure_all(machine: Machine, prompts: Sequence[Prompt], settings: Sequence[
         # Each setting alone first: its kernels are compiled once, and what is refused is refused before any work.
         shortest = prompts[by_length[-1]]
         alone = [pool.submit(_measure, 0, shortest, group) for group in _groups(settings)]
-        for n, done in enumerate(as_completed(alone), 1):
-            done.result()
+        for n, tried in enumerate(as_completed(alone), 1):
+            tried.result()
             if n == len(alone):
                 progress(f"{n} settings tried alone")
         numbers = {pool.submit(_measure, i, prompts[i], settings): i for i in by_length}
-        for done in as_completed(numbers):
-            yield numbers[done], done.result()
+        for measured in as_completed(numbers):
+            yield numbers[measured], measured.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -9,11 +9,12 @@ from typing import Any
 from cocktail.chunks import DEFAULT_CHUNK
 
 PAIRS = ("K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V3", "K3V2", "K2V2")
-BITS = (2.8, 3.0, 3.3, 3.55, 3.8, 4.2, 4.7, 5.2)  # of the budget's curve
+BITS = (2.4, 2.6, 2.8, 3.0, 3.3, 3.55, 3.8, 4.2, 4.7, 5.2)  # of the budget's curves; 2.39 is the demo model's least
 COMPARED_BITS = (3.3, 3.8)  # where every scorer is run
 PAIRS_BITS = (2.9, 3.2, 3.7)  # of trade-offs in the pairs file, beside its own choice
 RELEVANCE = ("bm25", "encoder", "hybrid", "attention")  # what knows the question
-CURVE = "hybrid"  # the scorer of the budget's curve
+CURVE = "hybrid"  # the scorer of the budget's curve that goals are held against
+OWN_CURVE = "attention"  # of a second one, where a pairs file is there: no encoder, each layer ranks anew
 CONTROLS = ("random", "oracle", "anti-oracle")
 BUDGETS = ("budget", "budget+pairs")  # how names begin, without and with a file
 GROUPS = ("uniform", "kivi", "atom", "kvquant", "kvtuner", "cocktail", "cocktail-kivi", "budget", "matched")
@@ -134,12 +135,13 @@ def _cocktail_kivi(choice: Choice) -> Iterator[Setting]:
 
 
 def _budget(choice: Choice) -> Iterator[Setting]:
-    for pairs in dict.fromkeys((None, choice.pairs)):
+    curves = [(CURVE, None)] + [(scorer, choice.pairs) for scorer in (CURVE, OWN_CURVE) if choice.pairs]
+    for scorer, pairs in curves:
         for bits in choice.bits:
-            yield budget(bits, CURVE, pairs)
+            yield budget(bits, scorer, pairs)
     for bits in COMPARED_BITS:
         for scorer in (*RELEVANCE, *CONTROLS):
-            if scorer != CURVE and bits in choice.bits:
+            if (scorer, choice.pairs) not in curves and bits in choice.bits:
                 yield budget(bits, scorer, choice.pairs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from bench.quality_measure import (
     recall,
 )
 from bench.quality_plots import plot_quality, plot_sweep
-from bench.quality_report import at_bytes, best_at_most, goals, ratio, summarize
+from bench.quality_report import at_bytes, best_at_most, bits_at, goals, ratio, summarize
 from bench.quality_run import append_sample, read_samples, resume_samples
 from bench.quality_settings import (
+    BITS,
     CURVE,
     FP16,
     Choice,
@@ -244,6 +246,20 @@ def test_a_curve_is_read_between_its_points_and_not_before_them():
     assert at_bytes([], 3) is None
 
 
+@given(st.lists(st.tuples(st.integers(20, 80).map(lambda tenths: tenths / 10), st.floats(1e-5, 1)), min_size=1,
+                max_size=8, unique_by=lambda point: point[0]),
+       st.floats(1e-6, 2))
+def test_the_bits_of_a_kl_are_the_first_at_which_the_curve_has_it(curve, kl):
+    bits, least = bits_at(curve, kl), min(curve)
+    if bits is None:
+        assert min(y for _, y in curve) > kl
+    elif least[1] <= kl:
+        assert bits == least[0], "no fewer bits were measured"
+    else:
+        assert at_bytes(curve, bits) == pytest.approx(kl, rel=1e-6)
+        assert all(y > kl for x, y in curve if x < bits)
+
+
 def test_the_best_of_those_that_take_no_more():
     rows = [{"bpv": 3.0, "kl": 0.2}, {"bpv": 4.0, "kl": 0.1}, {"bpv": 3.5, "kl": 0.3}, {"bpv": 5.0, "kl": 0.01}]
     assert best_at_most(rows, 4.0) is rows[1]
@@ -327,6 +343,18 @@ def test_tables_say_what_was_measured(capsys):
     assert ["budget@3.3/random", "3.30", "0.0280", "", "0.20"] in lines
 
 
+def test_bits_at_a_methods_kl_are_rounded_up_and_not_guessed(capsys):
+    settings = {3.0: 0.1, 3.3: 0.01, 3.8: 0.001}
+    samples = {budget(bits, CURVE, "p"): [sample([kl], bpv=bits)] for bits, kl in settings.items()}
+    samples |= {budget(3.3, "bm25", "p"): [sample([0.01], bpv=3.3)]}  # a point is no curve
+    samples |= {Setting.of(name, "kivi", bits=4): [sample([kl], bpv=5)]
+                for name, kl in (("even", math.sqrt(0.1 * 0.01)), ("bad", 0.2), ("good", 0.0001))}
+    quality_report.print_bits([summarize(setting, found) for setting, found in samples.items()])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[3] == ["method", "bpv", "KL", f"budget+pairs/{CURVE}"]
+    assert {line[0]: line[3] for line in lines[5:]} == {"even": "3.15", "bad": "< 3.00", "good": ""}
+
+
 # Settings, sweeps, files.
 
 def test_settings_have_names_of_their_own_and_matches_that_exist():
@@ -338,7 +366,8 @@ def test_settings_have_names_of_their_own_and_matches_that_exist():
     matched = [setting for setting in settings if setting.match]
     assert {"kivi-2", "kivi-4", "atom", "kvquant-4", "kvtuner"} <= {setting.match for setting in matched} <= set(names)
     assert all("pairs" in dict(setting.options) or setting.match.startswith("kvtuner") for setting in matched)
-    assert "budget@3.3/hybrid" in names and "budget+pairs@3.3/attention" in names
+    assert "budget@3.3/hybrid" in names and "budget@3.3/attention" not in names
+    assert {f"budget+pairs@{bits:g}/{scorer}" for bits in BITS for scorer in ("hybrid", "attention")} <= set(names)
 
 
 def test_what_is_left_out_is_left_out():
@@ -387,6 +416,12 @@ def test_plots_are_pictures(tmp_path):
     plot_sweep([("line", [(8, rows[1]), (16, rows[2])])], "chunk", str(tmp_path / "sweep.png"), log=True)
     for name in ("quality.png", "sweep.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_made_is_refused_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        quality.main(["--model", str(tmp_path / "missing"), "--plot", str(tmp_path / "plot.png")])
 
 
 def test_a_small_run_from_the_command_line(tmp_path, capsys):
