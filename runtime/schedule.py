@@ -6,6 +6,9 @@
 Waiting requests are taken strictly in order: by arrival, a step of priority being worth `ageing` seconds of it. The
 first that does not fit holds up those behind it; were they let past, a large request might wait for ever. One prompt is
 read at a time, unless a request that comes before it in order fits beside it: then that one goes first.
+
+Less memory may be left than the limit says: it lies in pieces, or other programs took it. A request that finds too
+little beside others waits again, until one of them has ended.
 """
 
 from __future__ import annotations
@@ -83,6 +86,7 @@ class Schedule:
         self._drawn: deque[tuple[float, int, int]] = deque()  # when, how many ids, in how many decode steps
         self._numbers = 0
         self._longest = 0.0  # prefill step, lately
+        self._shared = limit  # bytes that requests may hold beside one another: less than that was not to be had
         self.closed: BaseException | None = None
 
     def add(self, request: Request) -> Entry:
@@ -200,7 +204,8 @@ class Schedule:
                     return
                 if reading and min(map(_key, reading)) < entry.key:
                     return
-                if self.reserved + entry.held + entry.scratch > self.limit:
+                reserved = self.reserved
+                if reserved + entry.held + entry.scratch > (self._shared if reserved else self.limit):
                     return
                 entry.reserved = entry.held + entry.scratch
                 entry.waited_s = self._clock() - entry.arrived - entry.planning_s
@@ -235,13 +240,29 @@ class Schedule:
                     request.on_step(done, total)
                 return
         except Exception as error:
-            self._end(entry, error)
+            if not isinstance(error, OutOfMemory | MemoryError) or not self._put_back(entry, error):
+                self._end(entry, error)
             return
         with self.changed:
             entry.reserved = entry.held
             self._move(entry, "running")
             self._drawn.append((self._clock(), 1, 0))
         self._deliver(entry, entry.answer.last)
+
+    def _put_back(self, entry: Entry, error: Exception) -> bool:
+        """Let a request that found too little memory wait for the others; False where there are none."""
+        with self.changed:
+            total = self.reserved
+            if total == entry.reserved:
+                return False
+            self._shared = min(self._shared, total - 1)
+            self._move(entry, "waiting")
+        if entry.steps is not None:
+            entry.steps.close()
+        entry.steps = entry.reading = None
+        _let_go(error)
+        entry.reserved = 0
+        return True
 
     def _decode(self) -> None:
         running = [entry for entry in self._entries["running"] if not entry.cancelled]

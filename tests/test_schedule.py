@@ -47,6 +47,8 @@ class Device:
     batch: int = 4
     now: float = 0.0
     in_use: int = 0
+    room: int | None = None  # bytes that there are, where it is less than the limit
+    refused: int = 0  # requests that found too few
     specs: dict[int, Spec] = field(default_factory=dict)
     reads: list[int] = field(default_factory=list)  # requests in the order of their first steps
     decoded_at: list[float] = field(default_factory=list)
@@ -62,7 +64,11 @@ class Device:
         assert isinstance(plan, Plan), "it is read before its plan is made"
         if spec.fails == "begin":
             raise OutOfMemory("nothing left")
-        self.take((HELD + SCRATCH) * len(prompt))
+        nbytes = (HELD + SCRATCH) * len(prompt)
+        if self.room is not None and self.in_use + nbytes > self.room:
+            self.refused += 1
+            raise OutOfMemory("nothing left")
+        self.take(nbytes)
         return self.steps(prompt, spec)
 
     def steps(self, prompt, spec):
@@ -324,6 +330,24 @@ def test_what_can_never_fit_is_refused_with_the_figures():
         Request(submit_request.request.prompt, submit_request.request.plan, 5)
     with pytest.raises(PromptError, match="deadline is 0 seconds"):
         submit(schedule, Spec(deadline=0.0))
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=12), room=st.integers(13 * 20, 13 * 60),
+       more=st.integers(0, 13 * 60), pause=st.sampled_from([0.0, 100.0]))
+def test_who_finds_less_memory_than_there_should_be_waits_for_the_others(sizes, room, more, pause):
+    """Nobody fails who fits alone, and nobody tries again before another has ended."""
+    device = Device(room + more, room=room)
+    schedule = Schedule(device, room + more, 16, pause, ageing=5, clock=device.clock)
+    specs = [Spec(tokens=size) for size in sizes]
+    for spec in specs:
+        submit(schedule, spec)
+    run_out(schedule)
+    for spec in specs:
+        check_end(spec)
+        assert spec.entry.ids == spec.ids
+    assert device.reads == list(range(len(sizes))), "they are read in another order than they came"
+    assert device.refused <= len(sizes) - 1
+    assert device.in_use == schedule.reserved == 0
 
 
 @pytest.mark.parametrize("fails", [None, "plan"])

@@ -238,6 +238,35 @@ def test_a_step_that_fails_for_all_is_tried_one_by_one(model, monkeypatch, name)
     assert results == [alone(model, request) for request in requests]
 
 
+@pytest.mark.parametrize("name", ["arena", "embed"])
+def test_who_finds_no_memory_beside_others_waits_for_them(model, monkeypatch, name):
+    """Two caches have room, a third neither as it is allocated nor as its prefill begins. It is given back at once."""
+    requests = [request_for(model, i) for i in range(5)]
+    expected = [alone(model, request) for request in requests]
+    arenas, arena, operation, refused = [], model.backend.arena, getattr(model.backend, name), []
+
+    def watched(nbytes):
+        made = arena(nbytes)
+        arenas.append(weakref.ref(made.base))
+        return made
+
+    def short(*arguments):
+        if sum(ref() is not None for ref in arenas) > (1 if name == "arena" else 2):
+            refused.append(name)
+            raise MemoryError("none for so many")
+        return watched(*arguments) if name == "arena" else operation(*arguments)
+
+    monkeypatch.setattr(model.backend, "arena", watched)
+    monkeypatch.setattr(model.backend, name, short)
+    gc.disable()
+    try:
+        with Scheduler(model.engine) as scheduler:
+            results = [outcome(ticket) for ticket in [scheduler.submit(request) for request in requests]]
+    finally:
+        gc.enable()
+    assert results == expected and 0 < len(refused) < len(requests)
+
+
 def test_the_limit_is_measured_or_given(model, monkeypatch):
     free = model.backend.free_bytes()
     with Scheduler(model.engine) as scheduler:
