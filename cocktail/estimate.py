@@ -98,13 +98,14 @@ def outline(path: str | Path, backend: str = "auto", threads: int | None = None)
 def estimate(model: Outline, document: Document, query: str, options: Mapping[str, Any]) -> Estimate:
     """document: read by the model. options: of Document.pending, or a plan. Raises PromptError, PlanError, ScorerError.
     """
+    free = model.backend.free_bytes()  # before a policy has weights read: on a GPU they would count twice
     planned: Planned
     if "plan" in options:
         planned = options["plan"]
         document.check_plan(planned, query)
     else:
         planned = document.pending(query, **options)
-    layout, free = planned.layout, model.backend.free_bytes()
+    layout = planned.layout
     token = 4 * layout.n_layers * layout.n_kv_heads * layout.head_dim  # K and V of one in the tail, FP16
     rate = read_rate(model.backend, free)
     return Estimate(

@@ -161,7 +161,8 @@ class Model:
         max_running: requests that are read or answered at once. pause: seconds for which running answers may be kept
         waiting while prompts are read. ageing: seconds of waiting that a step of priority is worth. exact: no answer's
         bits may depend on who is answered beside it, which only happens on CUDA where more than 16 run. Raises
-        SchedulerError where one is open, BackendError on CUDA without a limit, OutOfMemory where nothing is free.
+        SchedulerError where one is open, BackendError without a limit where the system does not say how much memory is
+        free, OutOfMemory where none is.
         """
         with self._opening:
             if self._scheduler is not None and not self._scheduler.closed:

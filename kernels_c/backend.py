@@ -36,6 +36,8 @@ class CpuBackend(CacheOps):
     turns_by_place = False
     max_batch = exact_batch = 16  # GEMV_ROWS of src/linear.h: rows whose sums do not depend on how many there are
     least_batch = 1
+    maps_weights = True
+    reserve = 0  # a few MiB per thread
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.isa = choose_isa(isa)

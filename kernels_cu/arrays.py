@@ -37,9 +37,13 @@ def upload_bytes(table: npt.NDArray[Any], purpose: str, hint: str) -> Array:
 
 
 def free_bytes() -> int:
-    """Bytes that the driver and CuPy's pool could still give."""
+    """Bytes that can still be allocated: what the driver has free, and what CuPy's pool holds unused, within the limit
+    that the user may have set for it."""
     cupy = import_cupy()
-    return int(cupy.cuda.runtime.memGetInfo()[0]) + int(cupy.get_default_memory_pool().free_bytes())
+    pool = cupy.get_default_memory_pool()
+    free = int(cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
+    limit = int(pool.get_limit())  # 0: none
+    return min(free, limit - int(pool.used_bytes())) if limit else free
 
 
 def address(name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.uint64:

@@ -132,6 +132,8 @@ class Backend(Protocol):
     max_batch: int  # sequences of one decode step, at most; 1: in turns
     exact_batch: int  # up to so many, each bit for bit as in a batch of its own
     least_batch: int  # rows of such a step, at least: those behind the sequences mean nothing
+    maps_weights: bool  # weights stay in their mapped file, whose memory counts as free
+    reserve: int  # bytes of free_bytes that many requests leave to the operations' own scratch and tables
 
     def kernels(self) -> dict[str, str]:
         """Operation -> name of the kernel (with its instruction set or architecture) that serves it."""
@@ -176,7 +178,7 @@ class Backend(Protocol):
         """One allocation of uint8, 64-byte aligned; raises OutOfMemory with needed and free bytes."""
 
     def free_bytes(self) -> int | None:
-        """What can still be allocated; None where that is not known."""
+        """What can still be allocated on the device, now; None where the system does not say."""
 
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None, flushed: Span | None = None, data: FormatData | None = None) -> Any:

@@ -57,10 +57,12 @@ class Decoder:
                 prefill_bytes(config, layout.prompt_tokens, backend.prefill_tile, layers_at_once(backend, shared)))
 
     def free_bytes(self) -> int | None:
-        """Besides the weights. Who tells is the CPU's backend, where those lie in a mapped file: its memory counts as
-        free, but every step reads all of it."""
-        free = self._model.backend.free_bytes()
-        return None if free is None else free - self._model.weights.nbytes
+        """What all requests together may take: free memory less what the operations need for themselves. The memory of
+        weights in a mapped file counts as free, but every step reads all of it."""
+        backend = self._model.backend
+        if (free := backend.free_bytes()) is None:
+            return None
+        return free - backend.reserve - (self._model.weights.nbytes if backend.maps_weights else 0)
 
     def read(self, prompt: Sequence[int], plan: Planned,
              master: SharedMaster | None) -> Generator[tuple[int, int], None, Reading]:

@@ -16,17 +16,17 @@ class Scheduler:
     """Requests wait until their bytes fit, are read between the steps of those that run, and decode together.
 
     limit: bytes that all requests may hold at once (arenas, and what their prefills need; not the weights, nor kept
-    documents); None for nine tenths of the memory that is free now besides the weights. max_running: requests that are
-    read or run at once. pause: seconds for which running answers may be kept waiting while prompts are read; one
-    prefill step, if that is longer. ageing: seconds of waiting that a step of priority is worth. exact: on CUDA up to
-    128 sequences share a pass over the weights, and in a pass of more than 16 the last bits of logits may depend on the
-    company; exact passes have no more.
+    documents); None for nine tenths of the memory that is free now besides the weights and Backend.reserve.
+    max_running: requests that are read or run at once. pause: seconds for which running answers may be kept waiting
+    while prompts are read; one prefill step, if that is longer. ageing: seconds of waiting that a step of priority is
+    worth. exact: on CUDA up to 128 sequences share a pass over the weights, and in a pass of more than 16 the last bits
+    of logits may depend on the company; exact passes have no more.
 
     Requests are taken in order of arrival, higher priorities first; one that does not fit yet holds up those behind it.
     One failing request ends alone. On CUDA answers of a model with float32 weights take turns, a step each.
     A context manager: leaving it lets all requests end, after an error it cancels them.
-    Raises SchedulerError for settings that make no sense, BackendError where free memory is not known (CUDA),
-    OutOfMemory where there is none besides the weights.
+    Raises SchedulerError for settings that make no sense, BackendError where the system does not say how much memory is
+    free, OutOfMemory where there is none besides the weights.
     """
 
     def __init__(self, model: Model, *, limit: int | None = None, max_running: int = 16, pause: float = 0.1,
@@ -34,8 +34,7 @@ class Scheduler:
         decoder = Decoder(model, exact)
         if limit is None:
             if (free := decoder.free_bytes()) is None:
-                raise BackendError(f"how much memory is free is not known on backend {model.backend.name}: give the "
-                                   "scheduler a limit")
+                raise BackendError("the system does not say how much memory is free: give the scheduler a limit")
             if free <= 0:
                 raise OutOfMemory("no memory is free for any request besides the weights; free some, or give the "
                                   "scheduler a limit")

@@ -26,6 +26,8 @@ class NumpyBackend:
     max_batch: int = 16
     exact_batch: int = 16
     least_batch: int = 1
+    maps_weights: bool = False
+    reserve: int = 0
     chunks: dict = field(default_factory=dict)  # arena, offset of its position -> decoded K and V (G, C, D)
 
     def kernels(self):

@@ -287,6 +287,19 @@ def test_the_limit_is_measured_or_given(model, monkeypatch):
         Scheduler(model.engine)
 
 
+@pytest.mark.parametrize("reserve", [0, 9_999])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_free_memory_leaves_room_for_mapped_weights_and_scratch(model, monkeypatch, mapped, reserve):
+    """Weights that are on a device already are not in what is free there."""
+    free = 10 * model.weights_bytes
+    for name, value in (("free_bytes", lambda: free), ("maps_weights", mapped), ("reserve", reserve)):
+        monkeypatch.setattr(model.backend, name, value)
+    room = free - reserve - model.weights_bytes * mapped
+    assert Decoder(model.engine).free_bytes() == room
+    with Scheduler(model.engine) as scheduler:
+        assert scheduler.stats().limit == room * 9 // 10
+
+
 def test_closing_drains_or_cancels_and_threads_end(model):
     before = threading.active_count()
     scheduler = Scheduler(model.engine)

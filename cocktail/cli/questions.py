@@ -34,8 +34,8 @@ def questions(document: Document, options: argparse.Namespace, queries: Sequence
     # Together they take fewer passes over the weights. One after another where
     # - --verify reads the prompt again behind each answer, and may ask again;
     # - --report shows the times of an answer, which have to be its own;
-    # - memory is free for no more than the weights, or nobody says how much is free, as on CUDA, where moreover the
-    #   last bits of a batch's logits are not those of an answer alone.
+    # - memory is free for no more than the weights, or the system does not say how much is free.
+    # On CUDA the last bits of a batch's logits are not those of an answer alone; they do not depend on the company.
     lines = _Lines(options)
     scheduler = None if options.verify or options.report is not None else _scheduler(document.model)
     if scheduler is None:

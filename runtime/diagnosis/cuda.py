@@ -74,9 +74,7 @@ def _architecture(architecture: int, tested: tuple[int, ...]) -> Finding:
 
 
 def _rate(backend: Any) -> Iterator[Finding]:
-    from kernels_cu.arrays import free_bytes
-
-    rate = read_rate(backend, free_bytes())
+    rate = read_rate(backend, backend.free_bytes())
     if rate is None:
         yield Finding(AREA, "memory rate", "warn", "too little GPU memory is free to measure it",
                       "end other programs on the GPU (nvidia-smi lists them)")
