@@ -13,6 +13,7 @@ from cocktail import estimate as estimating
 from cocktail import run
 from cocktail.cli.dry_run import table
 from cocktail.estimate import Estimate, estimate, outline
+from cocktail.policies.pairs import fingerprint
 from runtime.arena import ArenaLayout
 from runtime.errors import CheckpointError, PlanError
 from runtime.plan import Plan
@@ -80,6 +81,18 @@ def test_weights_are_read_where_a_policy_asks_for_them(path, tmp_path):
     with pytest.raises(PlanError, match="fingerprint"):
         estimate(model, model.read(TEXT, keep=False), QUESTION, {"policy": "kvtuner", "pairs": str(pairs)})
     assert model.engine.weights.digest == cocktail.load(path, backend="cpu", threads=1).engine.weights.digest
+
+
+def test_weights_that_are_read_on_the_way_do_not_count_twice(path, tmp_path, monkeypatch):
+    """On a GPU they take of what is free."""
+    model, pairs = outline(path, "cpu", 1), tmp_path / "pairs.json"
+    found = {"fingerprint": fingerprint(cocktail.load(path, backend="cpu", threads=1).engine)}
+    pairs.write_text(json.dumps({"version": 1, "pairs": ["K4V2", "K4V2"], "model": found}))
+    read = vars(model.engine.weights)
+    monkeypatch.setattr(model.backend, "free_bytes", lambda: 10**9 - model.weights_bytes * ("layers" in read))
+    doc = model.read(TEXT, keep=False)
+    assert estimate(model, doc, QUESTION, {"policy": "kvtuner", "pairs": str(pairs)}).free_bytes == 10**9
+    assert "layers" in read
 
 
 def test_a_missing_model_is_named(tmp_path):
