@@ -212,7 +212,8 @@ class Schedule:
                 self._move(entry, "reading")
 
     def _read(self) -> None:
-        """Prefill steps for as long as `pause` has room for another, so that running answers are not kept waiting."""
+        """Prefill steps for as long as `pause` has room for another, so that running answers are not kept waiting. One
+        prompt after the other: each that joins a batch has it made anew."""
         begin = self._clock()
         while self._entries["reading"]:
             entry, before = min(self._entries["reading"], key=_key), self._clock()
@@ -221,8 +222,10 @@ class Schedule:
             self._read_step(entry)
             now = self._clock()
             self._longest = max(now - before, 0.9 * self._longest)
-            if entry.state != "reading" or now - begin + self._longest > self._pause:
+            if now - begin + self._longest > self._pause:
                 return
+            if entry.state != "reading":
+                self._admit()
 
     def _read_step(self, entry: Entry) -> None:
         request = entry.request

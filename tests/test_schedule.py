@@ -285,6 +285,16 @@ def test_running_answers_wait_for_no_more_than_the_pause(costs, pause):
     assert max(gaps) <= max(pause, STEP_S) + DECODE_S
 
 
+@pytest.mark.parametrize(("pause", "read"), [(2.0, 2), (6.5, 6), (100.0, 8)])
+def test_as_many_prompts_are_read_before_a_step_as_the_pause_has_room_for(pause, read):
+    schedule, device = make(limit=460, max_running=10, pause=pause)
+    for _ in range(9):
+        submit(schedule, Spec(steps=1))
+    schedule.turn()
+    assert (device.reads, len(device.decoded_at)) == (list(range(read)), 1)
+    run_out(schedule)
+
+
 def test_a_large_request_is_not_overtaken_for_ever():
     schedule, device = make(limit=13 * 40)
     submit(schedule, Spec(tokens=20, max_new=6))
@@ -390,7 +400,7 @@ def test_closed_it_takes_no_more_and_those_inside_end(cancel):
 
 def test_a_step_that_fails_as_a_whole_ends_those_that_run():
     schedule, device = make()
-    for spec in (Spec(steps=1, max_new=9), Spec(steps=1, max_new=9), Spec(tokens=30)):
+    for spec in (Spec(steps=1, max_new=9), Spec(steps=1, max_new=9), Spec(tokens=30, steps=9)):
         submit(schedule, spec)
     for _ in range(2):
         schedule.turn()
