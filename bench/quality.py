@@ -11,7 +11,7 @@ is teacher-forced along the same answers (bench.quality_measure):
 
 --sweep runs one of the paper's sweeps instead (bench.quality_sweeps). On a GPU several processes share it (--jobs):
 most of the time goes into launching small kernels. --samples keeps every prompt as soon as it is measured: the same
-command goes on where it was cut off, and --read reports on such a file.
+command goes on where it was cut off, and --read reports on such files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from bench import quality_report as report
 from bench.prompts import MAX_TOKENS, build_prompts
 from bench.quality_plots import figure_class, plot_quality, plot_sweep
-from bench.quality_run import Found, Machine, append_sample, measure_all, read_samples, resume_samples
+from bench.quality_run import Found, Machine, append_sample, measure_all, pool_samples, resume_samples
 from bench.quality_settings import BITS, CONTROLS, GROUPS, RELEVANCE, Choice, Setting, main_settings
 from bench.quality_sweeps import SWEEPS, Sweep, sweep_of
 from bench.report import DEFAULT_MODEL, describe_run, emit, progress
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweep = sweep_of(args.sweep, _relevance(args)) if args.sweep else None
     found: dict[int, Found] = {}
     if args.read:
-        settings, found = read_samples(args.read)
+        settings, found = pool_samples(args.read)
     else:
         settings = list(sweep.settings) if sweep else main_settings(_choice(args))
         try:
@@ -159,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", choices=SWEEPS, help="one of the paper's sweeps instead of the main table")
     parser.add_argument("--debian", action="store_true", help="add Debian's manuals to the text, where installed")
     parser.add_argument("--samples", metavar="FILE", help="keep every prompt's samples here, and go on from there")
-    parser.add_argument("--read", metavar="FILE", help="measure nothing; report on what --samples kept")
+    parser.add_argument("--read", nargs="+", metavar="FILE",
+                        help="measure nothing; report on what --samples kept: of several runs, the settings of all")
     parser.add_argument("--plot", metavar="FILE", help="KL against bytes, or the sweep, as PNG")
     parser.add_argument("--json", metavar="FILE", help="also write the closing JSON line here")
     return parser

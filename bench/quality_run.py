@@ -112,6 +112,15 @@ def read_samples(path: str) -> tuple[list[Setting], dict[int, Found]]:
     return settings, found
 
 
+def pool_samples(paths: Sequence[str]) -> tuple[list[Setting], dict[int, Found]]:
+    """What several runs kept, numbered through: the settings that all of them have. That their prompts differ, by seed,
+    is the caller's affair."""
+    files = [read_samples(path) for path in paths]
+    settings = [setting for setting in files[0][0] if all(setting in others for others, _ in files)]
+    prompts = [found[i] for _, found in files for i in sorted(found)]
+    return settings, dict(enumerate(prompts))
+
+
 _worker: Worker | None = None  # of this process
 
 

@@ -28,7 +28,7 @@ from bench.quality_measure import (
 )
 from bench.quality_plots import plot_quality, plot_sweep
 from bench.quality_report import at_bytes, best_at_most, bits_at, goals, ratio, summarize
-from bench.quality_run import append_sample, read_samples, resume_samples
+from bench.quality_run import append_sample, pool_samples, read_samples, resume_samples
 from bench.quality_settings import (
     BITS,
     CURVE,
@@ -408,6 +408,18 @@ def test_samples_survive_a_run_that_was_cut_off(tmp_path):
     for asked, others in (({"seed": "2"}, settings), ({"seed": "1"}, settings[:-1])):
         with pytest.raises(SystemExit, match="other prompts or settings"):
             resume_samples(path, asked, others)
+
+
+def test_runs_are_pooled_by_the_settings_that_all_have(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    for path, groups, kls in zip(paths, (("uniform", "kivi"), ("kivi",)), ((0.1, 0.2), (0.4,)), strict=True):
+        settings = main_settings(Choice(groups=groups))
+        resume_samples(path, {}, settings)
+        for i, kl in enumerate(kls):
+            append_sample(path, i, {setting.name: sample([kl]) for setting in settings})
+    settings, found = pool_samples(paths)
+    assert settings == main_settings(Choice(groups=("kivi",)))
+    assert [found[i]["kivi-4"].kl for i in sorted(found)] == [(0.1,), (0.2,), (0.4,)]
 
 
 def test_plots_are_pictures(tmp_path):
