@@ -93,6 +93,10 @@ class CacheOps:
         _view(arena, tail.v, shape, F16)[:, slot : slot + m] = v[:, rows]
         _view(arena, tail.positions, shape[1:2], I32)[slot : slot + m] = rows
 
+    def prepare(self, layers: Sequence[Sequence[Any]], heads: int, kv_heads: int, head_dim: int, chunk: int,
+                window: int | None, flushes: bool) -> None:  # fmt: skip
+        """Nothing: these kernels were compiled when they were installed."""
+
     def bind(self, arena: Buffer, spans: Sequence[Any], tail: Any, heads: int, kv_heads: int, head_dim: int, chunk: int,
              window: int | None, flushed: Any = None, data: Any = None) -> Bound:  # fmt: skip
         """Everything decode attention needs of one layer's cache, resolved and checked once."""

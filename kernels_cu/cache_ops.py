@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kernels_cu.arrays import F16, F32, I32, NULL, U8, Array, address, allocate, upload_bytes, wide_address
 from kernels_cu.attention import HEAD_DIMS
-from kernels_cu.build import Spec, current_device, import_cupy, kernel
+from kernels_cu.build import Spec, compile_all, current_device, import_cupy, kernel
 from kernels_cu.errors import KernelError
 from kernels_cu.layout import BLOCK_TOKENS, TURNED, WIDTHS, codes_bytes, meta_bytes
 from kernels_cu.work import Span, Tail, Work, divide, join
@@ -87,6 +87,7 @@ class CacheOps:
     def __init__(self) -> None:
         self._partial: Array | None = None  # partial results, shared by all layers: one stream runs them in order
         self._softmax: Array | None = None
+        self._prepared: set[Spec] = set()
 
     def kernels(self) -> dict[str, str]:
         return {"pack": "pack", "copy_tail": "copy_tail", "append": "append",
@@ -149,24 +150,18 @@ class CacheOps:
             np.uint64(positions.data.ptr), base + np.uint64(tail.k), base + np.uint64(tail.v), np.int64(tail.capacity),
             np.int64(slot)))  # fmt: skip
 
+    def prepare(self, layers: Sequence[Sequence[Span]], heads: int, kv_heads: int, head_dim: int, chunk: int,
+                window: int | None, flushes: bool) -> None:  # fmt: skip
+        specs = {_kernel_of(spans, heads, kv_heads, head_dim, chunk, window, flushes)[2] for spans in layers}
+        compile_all(specs - self._prepared)
+        self._prepared |= specs
+
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None, flushed: Span | None = None, data: Any = None) -> Bound:  # fmt: skip
-        if heads % kv_heads or heads // kv_heads > MAX_GROUP:
-            raise KernelError(f"decode attention on the GPU takes 1 to {MAX_GROUP} query heads per KV head, but there "
-                              f"are {heads} over {kv_heads}; use --backend cpu")  # fmt: skip
-        stored = [span for span in (*spans, flushed) if span is not None and span.n]
-        family = _one_family([span.formats for span in stored if min(span.k_bits, span.v_bits) < 16])
-        formats = frozenset((span.k_bits, span.v_bits) for span in stored)
-        for pair in formats or {(16, 16)}:
-            _check_shape(head_dim, chunk, pair, family)
+        formats, family, spec, shared = _kernel_of([*spans, flushed] if flushed else spans, heads, kv_heads, head_dim,
+                                                   chunk, window, flushed is not None)
         if family in TURNED:
             _rope_tables(data, head_dim)
-            if head_dim > 128 and heads // kv_heads > MAX_GROUP_TURNED:
-                raise KernelError(f"{family} formats turn the query in shared memory, which has room for "
-                                  f"{MAX_GROUP_TURNED} query heads of {head_dim} channels per KV head, not for "
-                                  f"{heads // kv_heads}; use --backend cpu")  # fmt: skip
-        spec, shared = attention_spec(head_dim, heads // kv_heads, chunk, formats, window is not None, family,
-                                      flushed is not None)
         base = int(wide_address("arena", arena, arena.shape, U8))
         work = divide(base, spans, tail, kv_heads, head_dim, chunk, _blocks_at_once(spec, shared, current_device()),
                       family, flushed)
@@ -253,6 +248,24 @@ def _groups(parts: Sequence[Part]) -> list[list[int]]:
         else:
             groups.append([b])
     return groups
+
+
+def _kernel_of(spans: Sequence[Span], heads: int, kv_heads: int, head_dim: int, chunk: int, window: int | None,
+               flushes: bool) -> tuple[frozenset[tuple[int, int]], str, Spec, int]:  # fmt: skip
+    """The formats of a layer's spans, their family, and what attention_spec gives them; KernelError if none fits."""
+    group = heads // kv_heads
+    if heads % kv_heads or group > MAX_GROUP:
+        raise KernelError(f"decode attention on the GPU takes 1 to {MAX_GROUP} query heads per KV head, but there "
+                          f"are {heads} over {kv_heads}; use --backend cpu")  # fmt: skip
+    stored = [span for span in spans if span.n]
+    family = _one_family([span.formats for span in stored if min(span.k_bits, span.v_bits) < 16])
+    formats = frozenset((span.k_bits, span.v_bits) for span in stored)
+    for pair in formats or {(16, 16)}:
+        _check_shape(head_dim, chunk, pair, family)
+    if family in TURNED and head_dim > 128 and group > MAX_GROUP_TURNED:
+        raise KernelError(f"{family} formats turn the query in shared memory, which has room for {MAX_GROUP_TURNED} "
+                          f"query heads of {head_dim} channels per KV head, not for {group}; use --backend cpu")
+    return formats, family, *attention_spec(head_dim, group, chunk, formats, window is not None, family, flushes)
 
 
 def pack_spec(is_k: bool, bits: int, chunk: int, head_dim: int, family: str = "rotated") -> tuple[Spec, int]:

@@ -180,6 +180,11 @@ class Backend(Protocol):
     def free_bytes(self) -> int | None:
         """What can still be allocated on the device, now; None where the system does not say."""
 
+    def prepare(self, layers: Sequence[Sequence[Span]], heads: int, kv_heads: int, head_dim: int, chunk: int,
+                window: int | None, flushes: bool) -> None:
+        """Have ready what `bind` takes long to make for layers with these spans, flushed ones among them: on CUDA the
+        kernels, which are compiled side by side."""
+
     def bind(self, arena: Array, spans: Sequence[Span], tail: Tail, heads: int, kv_heads: int, head_dim: int,
              chunk: int, window: int | None, flushed: Span | None = None, data: FormatData | None = None) -> Any:
         """Everything decode attention needs of one layer's cache, resolved once (addresses, work list, kernel).

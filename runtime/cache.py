@@ -59,11 +59,14 @@ class Cache:
         positions[layout.prefix :] += layout.n_chunks * layout.chunk
         start = self.sizes.tail_positions
         self.arena[start : start + positions.nbytes].view(np.int32)[:] = backend.upload(positions)
+        sizes = config.n_heads, config.n_kv_heads, config.head_dim, layout.chunk, config.sliding_window
+        stored = [[span for span in spans if span.n] for spans in self.spans]
         try:
+            backend.prepare([[*spans, flushed] if flushed else spans
+                             for spans, flushed in zip(stored, self.flushed, strict=True)], *sizes, any(self.flushed))
             self.bound = tuple(
-                backend.bind(self.arena, [span for span in spans if span.n], tail, config.n_heads, config.n_kv_heads,
-                             config.head_dim, layout.chunk, config.sliding_window, flushed, data)
-                for spans, tail, flushed, data in zip(self.spans, self.tails, self.flushed, self.data, strict=True))
+                backend.bind(self.arena, spans, tail, *sizes, flushed, data)
+                for spans, tail, flushed, data in zip(stored, self.tails, self.flushed, self.data, strict=True))
         except RuntimeError as error:  # a backend's KernelError
             raise BackendError(str(error)) from error
         self.state = backend.upload(np.zeros(STATE_SIZE, np.int32))

@@ -87,6 +87,9 @@ class NumpyBackend:
     def seconds(self, begin, end):
         return end - begin
 
+    def prepare(self, layers, heads, kv_heads, head_dim, chunk, window, flushes):
+        pass
+
     def bind(self, arena, spans, tail, heads, kv_heads, head_dim, chunk, window, flushed=None, data=None):
         half = np.float16
         size = 2 * kv_heads * tail.capacity * head_dim
