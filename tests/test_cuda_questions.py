@@ -15,7 +15,6 @@ from cocktail import run
 from runtime.batch import Decoder
 
 MIB = 2**20
-SLACK = 8 * MIB  # the driver gives memory in pieces of 2 MiB
 NEAR = 0.02  # of the logits' spread: two of them as close as this may change places in a batch, which rounds to 11 bits
 QUERIES = tuple(f"Who mended the {thing}?" for thing in ("pan", "gate", "bell", "oven", "boat", "roof", "cart", "door"))
 
@@ -51,21 +50,22 @@ def load(folder, dtype=np.float32, **changes):
 
 
 def test_free_bytes_are_the_drivers_and_the_pools():
+    """Counted against a limit of the pool's own: what the driver has free changes with every other process."""
     pool = cupy.get_default_memory_pool()
-    before = BACKEND.free_bytes()
-    assert before <= cupy.cuda.runtime.memGetInfo()[1]
-    held = BACKEND.empty((64 * MIB,), np.uint8)
-    assert abs(before - 64 * MIB - BACKEND.free_bytes()) < SLACK
-    del held
-    assert pool.free_bytes() >= 64 * MIB
-    assert abs(before - BACKEND.free_bytes()) < SLACK
+    free, total = cupy.cuda.runtime.memGetInfo()
+    assert 0.5 * free < BACKEND.free_bytes() <= total
     pool.free_all_blocks()
-    assert abs(before - BACKEND.free_bytes()) < SLACK
-    pool.set_limit(size=pool.used_bytes() + 32 * MIB)
+    pool.set_limit(size=pool.used_bytes() + 128 * MIB)
     try:
-        assert BACKEND.free_bytes() == 32 * MIB
+        assert BACKEND.free_bytes() == 128 * MIB
+        held = BACKEND.empty((64 * MIB,), np.uint8)
+        assert BACKEND.free_bytes() == 64 * MIB
+        del held
+        assert pool.free_bytes() >= 64 * MIB  # the pool keeps it, for whoever asks next
+        assert BACKEND.free_bytes() == 128 * MIB
     finally:
         pool.set_limit(size=0)
+    assert BACKEND.free_bytes() > 0.5 * free
 
 
 def test_float32_answers_are_those_of_each_question_alone(tmp_path, command, monkeypatch):
