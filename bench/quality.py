@@ -38,10 +38,12 @@ CUDA_JOBS = 8  # processes on one GPU
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
+    sweep = sweep_of(args.sweep, _relevance(args)) if args.sweep else None
     if args.plot:
         figure_class()
+        if sweep and not sweep.lines:
+            raise SystemExit(f"--sweep {args.sweep} varies no number, so there is nothing to plot; leave --plot out")
     begin, run = time.perf_counter(), describe_run()
-    sweep = sweep_of(args.sweep, _relevance(args)) if args.sweep else None
     found: dict[int, Found] = {}
     if args.read:
         settings, found = pool_samples(args.read)
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = [found[i] for i in sorted(found)]
     samples = {setting: [prompt[setting.name] for prompt in kept if setting.name in prompt] for setting in settings}
     rows = [report.summarize(setting, measured) for setting, measured in samples.items() if measured]
-    _print(rows, samples, sweep)
+    _print(rows, samples, kept, sweep)
     if args.plot:
         _plot(rows, sweep, args.plot)
     emit({"bench": "quality", **run, "model": str(args.model), "backend": args.backend, "sweep": args.sweep,
@@ -93,13 +95,17 @@ def _measure(args: argparse.Namespace, settings: Sequence[Setting], found: dict[
         progress(f"{len(found)}/{len(prompts)} {time.perf_counter() - begin:.0f}s {prompts[i].kind}: {shown}")
 
 
-def _print(rows: Sequence[report.Row], samples: report.Samples, sweep: Sweep | None) -> None:
+def _print(rows: Sequence[report.Row], samples: report.Samples, prompts: Sequence[Found], sweep: Sweep | None) -> None:
     report.print_main(rows)
     report.print_prompts(samples)
-    if sweep is None:
+    if sweep:
+        report.print_beside(prompts, sweep.beside)
+    else:
         report.print_matched(samples, rows)
         report.print_bits(rows)
+    if not sweep or not sweep.lines:
         report.print_scorers(samples, rows)
+    if not sweep:
         print()
         for name, goal in report.goals(samples, rows).items():
             print(f"{name}: {goal['text']}")
@@ -108,10 +114,12 @@ def _print(rows: Sequence[report.Row], samples: report.Samples, sweep: Sweep | N
 def _plot(rows: Sequence[report.Row], sweep: Sweep | None, path: str) -> None:
     if sweep is None:
         plot_quality(rows, path)
-    elif sweep.lines:
-        by_name = {row["setting"]: row for row in rows}
-        plot_sweep([(name, [(x, by_name[setting]) for x, setting in line]) for name, line in sweep.lines], sweep.x,
-                   path, sweep.log)
+    else:
+        # Where a setting lacks prompts, its mean is over others than its neighbours': not to be compared by eye.
+        whole = max(row["prompts"] for row in rows)
+        by_name = {row["setting"]: row for row in rows if row["prompts"] == whole}
+        plot_sweep([(name, [(x, by_name[setting]) for x, setting in line if setting in by_name])
+                    for name, line in sweep.lines], sweep.x, path, sweep.log)
 
 
 def _choice(args: argparse.Namespace) -> Choice:

@@ -134,7 +134,11 @@ def make_plans(documents: Mapping[int, Document], prompt: Prompt, settings: Sequ
     for setting in sorted(settings, key=lambda setting: setting.match is not None):
         options = dict(setting.options)
         if setting.match is not None:
-            options["kv_bits"] = ArenaLayout(plans[setting.match].layout).context_bits_per_value
+            matched = ArenaLayout(plans[setting.match].layout)
+            if matched.layout.chunk == setting.chunk:
+                options["kv_bits"] = matched.context_bits_per_value
+            else:
+                options["kv_budget"] = matched.nbytes
         if "no_search" in options:
             options["seed"] = seed
         try:

@@ -136,6 +136,23 @@ def print_matched(samples: Samples, rows: Sequence[Row]) -> None:
                      "its KL"], lines)
 
 
+def print_beside(prompts: Sequence[Mapping[str, Sample]], beside: Sequence[tuple[str, str]]) -> None:
+    """Each setting beside the one it is held against, on the prompts that both have: fewer where no cache of its chunks
+    is as small."""
+    lines = []
+    for name, other in beside:
+        both = [(prompt[name], prompt[other]) for prompt in prompts if name in prompt and other in prompt]
+        if not both:
+            lines.append([name, "0", "", other, "", ""])
+            continue
+        own, its = zip(*both, strict=True)
+        lines.append([name, str(len(both)), _bits_and_kl(own), other, _bits_and_kl(its),
+                      "{:.2f} ({:.2f}-{:.2f})".format(*ratio(own, its))])
+    if lines:
+        print("\nBeside one another, prompt by prompt:\n")
+        print_table(["setting", "prompts", "KL", "beside", "its KL", "times its KL (95%)"], lines)
+
+
 def print_scorers(samples: Samples, rows: Sequence[Row]) -> None:
     """Every scorer at the same budget: KL beside random chunks', and recall of the needed chunks."""
     by_name = {setting.name: (setting, found) for setting, found in samples.items()}
@@ -259,6 +276,10 @@ def _curve_goal(curve: Sequence[tuple[float, float]], row: Row) -> dict[str, Any
     beyond = " (the curve's last point, which takes fewer)" if row["bpv"] > last else ""
     return {"text": f"KL {at:.4f} at {row['bpv']:.2f} bpv{beyond}, {row['setting']} {row['kl']:.4f}: "
                     f"{row['kl'] / at:.2f} times, {'met' if met else 'MISSED'}", "times": row["kl"] / at, "met": met}
+
+
+def _bits_and_kl(samples: Sequence[Sample]) -> str:
+    return f"{Pooled.of(samples).mean():.4f} at {_mean([s.bpv for s in samples]):.2f}"
 
 
 def _figure(value: float, digits: int) -> str:

@@ -24,7 +24,8 @@ GROUPS = ("uniform", "kivi", "atom", "kvquant", "kvtuner", "cocktail", "cocktail
 class Setting:
     """One row. name: unique; options: of the policy; chunk: tokens.
 
-    match: the name of another setting: a budget of exactly its bits per value, prompt by prompt.
+    match: the name of another setting: a budget of exactly its bits per value, prompt by prompt. Where its chunks are
+        of another size, and so its FP16 tail too, which those bits leave out: of the bytes of its whole cache.
     """
 
     name: str

@@ -1,27 +1,31 @@
 """The paper's sweeps: chunk size (Table III), alpha and beta (Fig. 7), encoders (Table IV), ablations (Table V).
 
-Each is a list of settings, measured as those of the main table are, and lines to plot.
+Each is a list of settings, measured as those of the main table are, which of them are held against which, and lines to
+plot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.quality_settings import FP16, Setting, budget, cocktail, without_reorder, without_search
+from bench.quality_settings import DEFAULT_CHUNK, FP16, Setting, budget, cocktail, without_reorder, without_search
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
+CHUNK_BITS = {3.3: CHUNKS[1:], 4.5: CHUNKS}  # with chunks of 32; beside them the sizes that can take as few bytes
 ALPHAS, BETAS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8), (0.02, 0.05, 0.1, 0.2, 0.3)
 ALPHA, BETA = 0.6, 0.1  # where the other one is varied: the paper's
-SHARES = {"tiers": "K3V2,K4V4,K8V8", "shares": "0.1,0.03"}  # a budget of any chunk size: the sink grows with it
 ENCODER_BITS = 3.3
+Points = tuple[tuple[float, Setting], ...]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """lines: by name, what is plotted against x and the settings' names; empty where x is no number."""
+    """beside: names of settings, each with that of the one it is held against. lines: by name, what is plotted against
+    x and the settings' names; empty where x is no number."""
 
     settings: tuple[Setting, ...]
+    beside: tuple[tuple[str, str], ...]
     x: str = ""
     lines: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = ()
     log: bool = False
@@ -33,14 +37,13 @@ def sweep_of(name: str, scorers: Sequence[str]) -> Sweep:
 
 
 def _chunk(scorers: Sequence[str]) -> Sweep:
-    def line(make: Callable[[int], Setting]) -> tuple[tuple[float, Setting], ...]:
-        return tuple((chunk, make(chunk)) for chunk in CHUNKS)
-
+    """The thresholds, whose bits depend on the size of chunks, and budgets of the same bytes at every size."""
     scorer = scorers[0]
-    return _lines("tokens per chunk", True, {
-        f"cocktail/{scorer}": line(lambda chunk: _named(f"cocktail/{scorer}, chunk {chunk}", cocktail(scorer), chunk)),
-        f"budget/{scorer}, 10% K4V4, 3% K8V8, else K3V2": line(
-            lambda chunk: Setting.of(f"budget/{scorer}, chunk {chunk}", "budget", scorer, chunk=chunk, **SHARES))})
+    lines = {f"cocktail/{scorer}": (DEFAULT_CHUNK, tuple((n, _sized(cocktail(scorer), n)) for n in CHUNKS))}
+    for bits, chunks in CHUNK_BITS.items():
+        lines[f"budget/{scorer}, the bytes of {bits:g} bits with chunks of {DEFAULT_CHUNK}"] = (
+            DEFAULT_CHUNK, tuple((n, _same_bytes(budget(bits, scorer), n)) for n in chunks))
+    return _lines("tokens per chunk", True, lines)
 
 
 def _thresholds(scorers: Sequence[str]) -> Sweep:
@@ -51,31 +54,43 @@ def _thresholds(scorers: Sequence[str]) -> Sweep:
         return Setting.of(name, "cocktail", scorer, alpha=alpha, beta=beta)
 
     return _lines("alpha or beta", False, {
-        f"alpha, beta {BETA:g}": tuple((alpha, at(alpha, BETA)) for alpha in ALPHAS),
-        f"beta, alpha {ALPHA:g}": tuple((beta, at(ALPHA, beta)) for beta in BETAS)})
+        f"alpha, beta {BETA:g}": (ALPHA, tuple((alpha, at(alpha, BETA)) for alpha in ALPHAS)),
+        f"beta, alpha {ALPHA:g}": (BETA, tuple((beta, at(ALPHA, beta)) for beta in BETAS))})
 
 
 def _encoders(scorers: Sequence[str]) -> Sweep:
     text = [scorer for scorer in scorers if scorer != "attention"]  # the thresholds need scores before the prefill
-    return Sweep((FP16, *map(cocktail, [*text, "random"]),
-                  *(budget(ENCODER_BITS, scorer) for scorer in [*scorers, "random"])))
+    first, *others = map(cocktail, [*text, "random"])
+    first_budget, *other_budgets = (budget(ENCODER_BITS, scorer) for scorer in [*scorers, "random"])
+    return Sweep((FP16, first, *others, first_budget, *other_budgets),
+                 (*((other.name, first.name) for other in others),
+                  *((other.name, first_budget.name) for other in other_budgets)))
 
 
 def _ablations(scorers: Sequence[str]) -> Sweep:
     whole = [cocktail(scorers[0]), cocktail(scorers[0], "kivi")]
-    return Sweep((FP16, *(variant for setting in whole
-                          for variant in (setting, without_search(setting), without_reorder(setting)))))
+    parts = [(part(setting), setting) for setting in whole for part in (without_search, without_reorder)]
+    settings = dict.fromkeys(setting for pair in parts for setting in reversed(pair))
+    return Sweep((FP16, *settings), tuple((part.name, setting.name) for part, setting in parts))
 
 
 SWEEPS: Mapping[str, Callable[[Sequence[str]], Sweep]] = {
     "chunk": _chunk, "thresholds": _thresholds, "encoders": _encoders, "ablations": _ablations}
 
 
-def _lines(x: str, log: bool, lines: Mapping[str, Sequence[tuple[float, Setting]]]) -> Sweep:
-    settings = dict.fromkeys([FP16, *(setting for line in lines.values() for _, setting in line)])
-    return Sweep(tuple(settings), x, tuple((name, tuple((at, setting.name) for at, setting in line))
-                                           for name, line in lines.items()), log)
+def _lines(x: str, log: bool, lines: Mapping[str, tuple[float, Points]]) -> Sweep:
+    """lines: by name, where on x the setting is that the line's others are held against; and the points."""
+    settings = dict.fromkeys([FP16, *(setting for _, points in lines.values() for _, setting in points)])
+    beside = tuple((setting.name, dict(points)[own].name) for own, points in lines.values()
+                   for at, setting in points if at != own)
+    return Sweep(tuple(settings), beside, x, tuple((name, tuple((at, setting.name) for at, setting in points))
+                                                   for name, (_, points) in lines.items()), log)
 
 
-def _named(name: str, setting: Setting, chunk: int) -> Setting:
-    return Setting(name, setting.policy, setting.scorer, setting.options, chunk, setting.match)
+def _sized(setting: Setting, chunk: int) -> Setting:
+    return replace(setting, name=f"{setting.name}, chunk {chunk}", chunk=chunk)
+
+
+def _same_bytes(setting: Setting, chunk: int) -> Setting:
+    like = _sized(setting, DEFAULT_CHUNK)
+    return like if chunk == DEFAULT_CHUNK else replace(_sized(setting, chunk), options=(), match=like.name)

@@ -43,6 +43,7 @@ from bench.quality_settings import cocktail as thresholds
 from bench.quality_sweeps import CHUNKS, SWEEPS, sweep_of
 from cocktail.scorers import load_scorer
 from cocktail.verify import divergence, log_softmax
+from runtime.arena import ArenaLayout
 from runtime.engine import read
 from runtime.errors import PlanError, PromptError
 from runtime.forced import force
@@ -205,6 +206,19 @@ def test_a_match_takes_the_bytes_of_its_like_and_no_more(model, context):
     bits = {name: cocktail.plan_stats(plan)["bpv"] for name, plan in plans.items()}
     assert bits["a"] - 0.15 < bits["=a"] <= bits["a"]
     assert "=b" not in plans, "no budget is so low: left out, not something else"
+
+
+def test_a_match_of_other_chunks_takes_the_bytes_of_the_whole_cache(model, context):
+    """The FP16 tail grows with the chunks, and bits per value leave it out."""
+    documents = {chunk: model.read(context, chunk=chunk) for chunk in (16, 32, 64)}
+    like = Setting.of("like", "budget", "bm25", kv_bits=6, chunk=16)
+    same = Setting.of("same", "budget", "bm25", match="like", chunk=64)
+    prompt = question(context, "literal", "", " 1912")
+    judges = Judges(documents, prompt, {"bm25": load_scorer("bm25")}, 0)
+    plans = make_plans(documents, prompt, [FP16, same, like], judges, 0, room=8)
+    sizes = {name: ArenaLayout(plan.layout) for name, plan in plans.items()}
+    assert plans["same"].layout.remainder > plans["like"].layout.remainder
+    assert 0.97 * sizes["like"].nbytes < sizes["same"].nbytes <= sizes["like"].nbytes
 
 
 # Figures of many prompts.
@@ -388,6 +402,8 @@ def test_sweeps_have_names_of_their_own_and_lines_through_them(name):
         assert {setting for _, setting in line} <= set(names) and len(line) > 2
     if name == "chunk":
         assert {setting.chunk for setting in sweep.settings} == set(CHUNKS)
+        assert {setting.match for setting in sweep.settings if setting.match} <= set(names)
+    assert sweep.beside and all(a != b and {a, b} <= set(names) for a, b in sweep.beside)
     assert not any(setting.policy == "cocktail" and setting.scorer == "attention" for setting in sweep.settings)
 
 
@@ -428,6 +444,31 @@ def test_plots_are_pictures(tmp_path):
     plot_sweep([("line", [(8, rows[1]), (16, rows[2])])], "chunk", str(tmp_path / "sweep.png"), log=True)
     for name in ("quality.png", "sweep.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_compares_only_prompts_that_both_settings_have(tmp_path, capsys, monkeypatch):
+    """Chunks of 256 are too large for the first prompt, those of 128 for both."""
+    samples, plotted = str(tmp_path / "samples.jsonl"), []
+    sweep = sweep_of("chunk", ["bm25"])
+    resume_samples(samples, {}, sweep.settings)
+    for i, kl in enumerate((0.4, 0.1)):
+        append_sample(samples, i, {s.name: sample([kl * s.chunk / 32]) for s in sweep.settings if not (
+            s.name.startswith("budget@3.3") and (s.chunk == 128 or (s.chunk == 256 and i == 0)))})
+    monkeypatch.setattr(quality, "plot_sweep", lambda lines, *_: plotted.extend(lines))
+    quality.main(["--sweep", "chunk", "--scorers", "bm25", "--read", samples, "--plot", "unused.png"])
+    table = capsys.readouterr().out.partition("prompt by prompt")[2]
+    lines = {cells[0]: cells[1:] for line in table.splitlines()
+             if len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 6}
+    like = "budget@3.3/bm25, chunk 32"
+    assert lines["budget@3.3/bm25, chunk 64"] == ["2", "0.5000 at 3.30", like, "0.2500 at 3.30", "2.00 (2.00-2.00)"]
+    assert lines["budget@3.3/bm25, chunk 256"] == ["1", "0.8000 at 3.30", like, "0.1000 at 3.30", "8.00 (8.00-8.00)"]
+    assert lines["budget@3.3/bm25, chunk 128"] == ["0", "", like, "", ""]
+    assert [[x for x, _ in points] for _, points in plotted] == [list(CHUNKS), [16, 32, 64], list(CHUNKS)]
+
+
+def test_a_sweep_without_an_axis_has_no_plot(tmp_path):
+    with pytest.raises(SystemExit, match="--sweep encoders varies no number"):
+        quality.main(["--sweep", "encoders", "--model", str(tmp_path / "missing"), "--plot", str(tmp_path / "a.png")])
 
 
 def test_a_plot_that_cannot_be_made_is_refused_before_measuring(tmp_path, monkeypatch):
