@@ -74,7 +74,7 @@ test-gpu: $(GPU_READY) | .has-gpu
 sanitize: $(GPU_READY) | .has-gpu
 	$(GPU_ENV) COCKTAIL_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_CUDA_EXAMPLES=$(SANITIZE_EXAMPLES) COCKTAIL_LARGE=0 \
 	  $(RUN) tests/sanitize.py --sanitizer $(SANITIZER) --tools $(SANITIZER_TOOLS) --jobs $(JOBS) \
-	  $(GPU_TESTS) -k "not every and not long and not oracle and not behind and not demo"
+	  $(GPU_TESTS) -k "not every and not long and not oracle and not behind and not demo and not free"
 
 # Without a GPU the tests would be skipped and look passed.
 .PHONY: .has-gpu
