@@ -42,7 +42,7 @@ def plot_quality(rows: Sequence[Row], path: str) -> None:
 def plot_sweep(points: Sequence[tuple[str, Sequence[tuple[float, Row]]]], label: str, path: str,
                log: bool = False) -> None:
     """points: per line its name and (x, row); KL with intervals, and beside each point its bits per value."""
-    figure, axes = _axes(label, "KL to the FP16 cache, nats per token (beside the points: bits per value)")
+    figure, axes = _axes(f"{label} (beside the points: bits per value)", "KL to the FP16 cache, nats per token")
     for name, line in points:
         x = [at for at, _ in line]
         y = [row["kl"] for _, row in line]
