@@ -38,8 +38,9 @@ cupy.cuda.set_allocator(allocate)
 sys.exit(pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]], [Report()]))
 """
 # CuPy turns every failed call into an exception, so an unexpected one fails its test. Reported by memcheck, the call
-# that the out-of-memory test provokes would be an error of its own.
-OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
+# that the out-of-memory test provokes would be an error of its own. racecheck finds races within cuBLAS's own kernels
+# for Hopper, which are not this project's to mend.
+OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": ["--kernel-name-exclude", "kernel_substring=nvjet"]}
 
 
 def main() -> int:
