@@ -44,6 +44,12 @@ INLINE u32 mul_half2(u32 a, u32 b) {
     return r;
 }
 
+INLINE u32 add_half2(u32 a, u32 b) {
+    u32 r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 INLINE u32 negative_half2(u32 a) {
     u32 r;
     asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(a));
@@ -59,6 +65,13 @@ INLINE u32 min_half2(u32 a, u32 b) {
 INLINE u32 max_half2(u32 a, u32 b) {
     u32 r;
     asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+/* x of the lane whose number is that of this one's group of WIDTH lanes and, in it, the lowest bits of `lane`. All of a warp. */
+template <int WIDTH> INLINE u32 from_lane(u32 x, u32 lane) {
+    u32 r;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, %3, -1;" : "=r"(r) : "r"(x), "r"(lane), "n"((WARP - WIDTH) << 8 | 31));
     return r;
 }
 

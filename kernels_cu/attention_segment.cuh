@@ -39,7 +39,7 @@ template <int K_BITS, int V_BITS> struct Blocks {
     static constexpr int ROPE = TURNED && K_BITS < 16 ? 2 * D : 0; /* bytes of a row of cosines, of one of sines */
     static constexpr int K_SLOT = K_BITS == 16 ? ROW_BYTES * FULL_T : K_BYTES + K_COPIED<FULL_T> + 2 * ROPE;
     static constexpr int V_SLOT = V_BITS == 16 ? ROW_BYTES * FULL_T : V_BYTES + V_COPIED<FULL_T> + FULL_T * Family::V_SHARED;
-    static constexpr int ROOM = FAMILY == KVQUANT && !STREAM ? RING - 16 * ROW_BYTES : RING; /* the rest: decoded rows */
+    static constexpr int ROOM = FAMILY == KVQUANT && !STREAM ? RING - 16 * ROW_BYTES : RING; /* the rest: outliers' rows */
     /* A piece is K and V of a block where two such pieces fit, else K or V. */
     static constexpr bool TOGETHER = K_BITS < 16 && V_BITS < 16 && 2 * (K_SLOT + V_SLOT) <= ROOM;
     static constexpr int SLOT = TOGETHER ? K_SLOT + V_SLOT : K_SLOT > V_SLOT ? K_SLOT : V_SLOT;

@@ -295,7 +295,7 @@ def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tup
     two_sizes = chunk > BLOCK_TOKENS and chunk % BLOCK_TOKENS  # of blocks, which is code for both
     blocks = 2 if head_dim > 128 or (head_dim > 64 and group > 8) else 3 if group > 8 or two_sizes else 4  # registers
     if family == "kvquant":
-        blocks = min(blocks, 2 if head_dim > 96 and group > 1 else 3)
+        blocks = min(blocks, 4 if group == 1 else 3)
     return Spec.of("decode_attention.cu", "decode_attention", D=head_dim, GROUP=group, CHUNK=chunk,
                    WINDOWED=int(windowed), RING=ring, BLOCKS=blocks, FAMILY=family.upper(), FLUSH=int(flush),
                    FORMATS="".join(f"F({k},{v})" for k, v in coded)), WARPS * ring  # fmt: skip
@@ -319,7 +319,7 @@ def _blocks_at_once(spec: Spec, shared: int, device: int) -> int:
 
 
 def _room(k_bits: int, v_bits: int, chunk: int, head_dim: int, family: str) -> int:
-    """Two slots of attention_segment.cuh's Blocks; kvquant needs 16 rows of decoded values beside them."""
+    """Two slots of attention_segment.cuh's Blocks; kvquant needs 16 rows for outliers beside them."""
     row = 2 * head_dim + 16
     if k_bits == v_bits == 16:
         return 2 * 16 * row

@@ -53,6 +53,9 @@ INLINE void attend(Running &x, const Source &source, const float *q, Queue &queu
 #pragma unroll
     for (i32 i = 0; i < B::SLOTS - 1; i++) issue(i % 2 == 0);
     if (q) prepare_query(q, FAMILY == ROTATED && K_BITS < 16);
+#if FAMILY == KVQUANT
+    if (!B::STREAM) clear_rows(ring + RING - 16 * ROW_BYTES, threadIdx.x % WARP);
+#endif
 
     for (i32 chunk = blocks.first(source, warp); chunk < blocks.chunks; chunk = blocks.after(source, chunk))
         for (i32 part = 0; part < B::PER_CHUNK; part++) {
