@@ -294,8 +294,8 @@ def attention_spec(head_dim: int, group: int, chunk: int, formats: frozenset[tup
                 *(_room(k, v, chunk, head_dim, family) for k, v in [*coded, (16, 16)])])
     two_sizes = chunk > BLOCK_TOKENS and chunk % BLOCK_TOKENS  # of blocks, which is code for both
     blocks = 2 if head_dim > 128 or (head_dim > 64 and group > 8) else 3 if group > 8 or two_sizes else 4  # registers
-    if family == "kvquant":
-        blocks = min(blocks, 4 if group == 1 else 3)
+    if family == "kvquant" and group > 1:
+        blocks = min(blocks, 3)
     return Spec.of("decode_attention.cu", "decode_attention", D=head_dim, GROUP=group, CHUNK=chunk,
                    WINDOWED=int(windowed), RING=ring, BLOCKS=blocks, FAMILY=family.upper(), FLUSH=int(flush),
                    FORMATS="".join(f"F({k},{v})" for k, v in coded)), WARPS * ring  # fmt: skip
